@@ -1,0 +1,1 @@
+"""The ``nemo-kto`` command line: thin verbs over the floors below."""

@@ -1,0 +1,1 @@
+"""Settings: the schema, the strict merge, and the checks that need only numbers."""

@@ -1,0 +1,108 @@
+"""The batch that flows through a training step, with every tensor's shape, dtype and unit. Not for building one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a position whose next token is not scored (prompt, padding)."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Right-padded rows of tokens, B rows of S positions, ready for a causal decoder.
+
+    Attributes:
+        tokens: [B, S] int64, prompt + response, padded on the right with any valid id.
+        labels: [B, S] int64, ``labels[b, t]`` is the token that position t must predict (``tokens[b, t + 1]``) where
+            that token belongs to the response, else ``IGNORE``.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+
+    @property
+    def response_mask(self) -> Tensor:
+        """[B, S] bool: positions that predict a response token."""
+        return self.labels != IGNORE
+
+    @property
+    def num_response_tokens(self) -> Tensor:
+        """[B] int64: scored tokens per row."""
+        return self.response_mask.sum(dim=1)
+
+    def to(self, device: torch.device) -> Rows:
+        """The same rows on ``device``."""
+        return Rows(self.tokens.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class KTOBatch:
+    """One micro-batch of B samples (x_i, y_i, p_i) with their mismatched pairs (x_i, y_m(i)). Replicated over TP and PP.
+
+    Attributes:
+        samples: rows of (x_i, y_i).
+        kl_rows: rows of (x_i, y_m(i)). A row without partner repeats x_i alone, with no label to score.
+        desirable: [B] bool, p_i.
+        has_partner: [B] bool, whether the KL row counts.
+        index: [B] int64, position of the record in the data set (validated, kept records, file order).
+        ref_logps: [B] float64, nats: sum over response tokens of log pi_ref(y_i | x_i). None until scored.
+        ref_kl_logps: [B] float64, nats: the same for (x_i, y_m(i)). None until scored.
+    """
+
+    samples: Rows
+    kl_rows: Rows
+    desirable: Tensor
+    has_partner: Tensor
+    index: Tensor
+    ref_logps: Tensor | None = None
+    ref_kl_logps: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of samples B."""
+        return self.desirable.numel()
+
+    def to(self, device: torch.device) -> KTOBatch:
+        """The same batch on ``device``."""
+        return replace(
+            self,
+            samples=self.samples.to(device),
+            kl_rows=self.kl_rows.to(device),
+            desirable=self.desirable.to(device, non_blocking=True),
+            has_partner=self.has_partner.to(device, non_blocking=True),
+            index=self.index.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class BatchCounts:
+    """Counts over the *whole global batch*: all micro-batches of all data-parallel ranks. Known before any forward."""
+
+    num_samples: int
+    num_desirable: int
+    num_undesirable: int
+    num_kl_pairs: int
+    num_response_tokens: int
+    """Tokens of y_i that are scored."""
+    num_tokens: int
+    """Tokens of (x_i, y_i) rows without padding."""
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """This data-parallel rank's share of one global batch, cut into micro-batches, with the global counts."""
+
+    micro_batches: tuple[KTOBatch, ...]
+    counts: BatchCounts
+
+    def __iter__(self) -> Iterator[KTOBatch]:
+        return iter(self.micro_batches)
+
+    def to(self, device: torch.device) -> StepBatch:
+        """The same share on ``device``."""
+        return replace(self, micro_batches=tuple(b.to(device) for b in self.micro_batches))

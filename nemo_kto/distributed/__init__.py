@@ -1,0 +1,1 @@
+"""Collectives and log-probabilities over explicit process groups."""

@@ -1,0 +1,35 @@
+"""Errors meant for the user: one message that names the culprit and the fix, and an exit code. No traceback is shown."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class KTOError(Exception):
+    """Base of all errors that the command line prints without a traceback. ``exit_code`` ends the process."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(KTOError):
+    """A config key, a command-line argument or a parallel layout is wrong. The message names the key."""
+
+    exit_code = 2
+
+
+class DataError(KTOError):
+    """A training file or record is wrong. The message names ``file:line``."""
+
+    exit_code = 3
+
+
+class CheckpointError(KTOError):
+    """A model directory or checkpoint is missing, incomplete or unsupported. The message names the tensor or file."""
+
+    exit_code = 3
+
+
+class StoppedEarly(KTOError):
+    """The run ended before its last step and can be resumed."""
+
+    exit_code = 4

@@ -1,0 +1,1 @@
+"""The NeMo model, its Lightning strategy, optimizer, metrics and trainer."""
