@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from nemo_kto.objective.counts import BatchCounts
+
 IGNORE = -100
 """Label of a position whose next token is not scored (prompt, padding)."""
 
@@ -77,20 +79,6 @@ class KTOBatch:
             has_partner=self.has_partner.to(device, non_blocking=True),
             index=self.index.to(device, non_blocking=True),
         )
-
-
-@dataclass(frozen=True)
-class BatchCounts:
-    """Counts over the *whole global batch*: all micro-batches of all data-parallel ranks. Known before any forward."""
-
-    num_samples: int
-    num_desirable: int
-    num_undesirable: int
-    num_kl_pairs: int
-    num_response_tokens: int
-    """Tokens of y_i that are scored."""
-    num_tokens: int
-    """Tokens of (x_i, y_i) rows without padding."""
 
 
 @dataclass(frozen=True)
