@@ -1,0 +1,72 @@
+"""Starts this process's part of a job: device, default process group, Megatron's groups and random streams."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from nemo_kto import cpu_backend
+from nemo_kto.config.world import world_from_environment
+from nemo_kto.distributed import groups
+from nemo_kto.errors import ConfigError
+
+TIMEOUT = timedelta(minutes=10)
+"""Longest wait of any collective for a missing peer."""
+
+
+def start(tensor_parallel: int, pipeline_parallel: int, *, seed: int = 1234) -> groups.ParallelGroups:
+    """Join the job alone or under ``torchrun``/``srun``, and lay out the parallel groups.
+
+    Args:
+        tensor_parallel: TP size.
+        pipeline_parallel: PP size. The rest of the world is data parallel.
+        seed: of Megatron's random streams.
+
+    Returns:
+        This rank's groups. gloo and CPU without CUDA, NCCL with it.
+
+    Raises:
+        ConfigError: the world size is not a multiple of TP x PP.
+    """
+    on_cpu = cpu_backend.install()
+    world = world_from_environment()
+    model_size = tensor_parallel * pipeline_parallel
+    if world.size % model_size:
+        raise ConfigError(
+            f"world size {world.size} is not a multiple of tensor_parallel {tensor_parallel} x "
+            f"pipeline_parallel {pipeline_parallel} = {model_size}: start a multiple of {model_size} processes"
+        )
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if not on_cpu:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        _join(world.rank, world.size, "gloo" if on_cpu else "nccl")
+    laid_out = groups.initialize(tensor_parallel, pipeline_parallel, device, TIMEOUT)
+    seed_megatron(seed)
+    return laid_out
+
+
+def seed_megatron(seed: int) -> None:
+    """Seed Megatron's random streams. Every rank passes the same seed; Megatron offsets it per TP and PP rank."""
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def shutdown() -> None:
+    """Leave the job: the counterpart of :func:`start`."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _join(rank: int, size: int, backend: str) -> None:
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT)
+    elif size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    else:
+        raise ConfigError(f"{size} processes but no MASTER_ADDR: start them with torchrun, or set MASTER_ADDR and PORT")

@@ -1,0 +1,55 @@
+"""Silences the start-up noise of the stack at its source, so that what a user sees is ours. Call before heavy imports."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+_NOISY_LOGGERS = (
+    "nv_one_logger",
+    "nv_one_logger.api.config",  # warns that telemetry has no exporter: nothing is collected, which is what we want
+    "nv_one_logger.training_telemetry.api.training_telemetry_provider",
+    "megatron",
+    "megatron.core",
+    "torch.distributed",
+    "torch.distributed.elastic",
+    "lightning",
+    "lightning.pytorch",
+    "lightning.fabric",
+    "lightning.pytorch.utilities.rank_zero",
+    "transformers",
+    "matplotlib",
+)
+
+
+def quiet() -> None:
+    """Drop library warnings and informational logs. Errors still come through.
+
+    Environment variables are set only where the user left them unset.
+    """
+    warnings.filterwarnings("ignore")
+    for name in _NOISY_LOGGERS:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.ERROR)
+        logger.addFilter(_only_errors)
+    for key, value in {
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "NEMO_TESTING": "True",  # nemo.utils.logging: no log files in the working directory
+        "PYTHONWARNINGS": "ignore",  # for the worker processes
+    }.items():
+        os.environ.setdefault(key, value)
+
+
+def quiet_nemo() -> None:
+    """Lower NeMo's own logger to errors; it exists only once NeMo is imported."""
+    from nemo.utils import logging as nemo_logging
+
+    nemo_logging.setLevel(nemo_logging.ERROR)
+
+
+def _only_errors(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
