@@ -1,4 +1,4 @@
-"""Errors meant for the user: one message that names the culprit and the fix, and an exit code. No traceback is shown."""
+"""Errors meant for the user: one message that names culprit and fix, and an exit code. No traceback is shown."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class CheckpointError(KTOError):
     exit_code = 3
 
 
-class StoppedEarly(KTOError):
+class StoppedEarlyError(KTOError):
     """The run ended before its last step and can be resumed."""
 
     exit_code = 4

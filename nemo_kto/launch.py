@@ -69,4 +69,4 @@ def _join(rank: int, size: int, backend: str) -> None:
     elif size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     else:
-        raise ConfigError(f"{size} processes but no MASTER_ADDR: start them with torchrun, or set MASTER_ADDR and PORT")
+        raise ConfigError(f"{size} processes but no MASTER_ADDR: start them with torchrun, or set it and MASTER_PORT")

@@ -1,4 +1,4 @@
-"""Silences the start-up noise of the stack at its source, so that what a user sees is ours. Call before heavy imports."""
+"""Silences the stack's start-up noise at its source, so that what a user sees is ours. Call before heavy imports."""
 
 from __future__ import annotations
 

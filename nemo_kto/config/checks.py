@@ -116,14 +116,14 @@ def _sizes(model: ModelConfig) -> Iterator[str]:
     )
     if model.global_batch_size < 2:
         yield (
-            f"model.global_batch_size={model.global_batch_size}: KTO pairs each prompt with another sample's response, "
-            "so a batch needs at least 2 samples"
+            f"model.global_batch_size={model.global_batch_size}: KTO pairs each prompt with another sample's "
+            "response, so a batch needs at least 2 samples"
         )
     for name in ("hidden_dropout", "attention_dropout"):
         if not 0.0 <= getattr(model, name) < 1.0:
             yield f"model.{name}={getattr(model, name)} must be in [0, 1)"
     if model.context_parallel_size != 1:
-        yield "model.context_parallel_size: context parallelism is not available, use 1 and shard by tensor or pipeline"
+        yield "model.context_parallel_size: context parallelism is not available, use 1 and shard by tensor, pipeline"
     if model.virtual_pipeline_model_parallel_size is not None:
         yield "model.virtual_pipeline_model_parallel_size: not available yet, use null"
     if model.peft.peft_scheme != "none":
@@ -220,7 +220,7 @@ def _layout(model: ModelConfig, world_size: int) -> Iterator[str]:
     if world_size % (tp * pp):
         yield (
             f"world size {world_size} is not a multiple of model.tensor_model_parallel_size {tp} x "
-            f"model.pipeline_model_parallel_size {pp} = {tp * pp}: start a multiple of {tp * pp} processes, or lower them"
+            f"model.pipeline_model_parallel_size {pp} = {tp * pp}: start a multiple of {tp * pp} processes"
         )
         return
     dp = world_size // (tp * pp)

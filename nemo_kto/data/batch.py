@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nemo_kto.objective.counts import BatchCounts
 
@@ -42,9 +43,27 @@ class Rows:
         return Rows(self.tokens.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
 
 
+def regroup(rows: Sequence[Rows], size: int) -> list[Rows]:
+    """The same rows in the same order, cut anew into groups of ``size`` and padded to each group's longest row.
+
+    Groups that have that size already keep their tensors, padding included, so that a pass over them is bit-equal.
+    """
+    if all(r.tokens.size(0) == size for r in rows[:-1]) and (not rows or rows[-1].tokens.size(0) <= size):
+        return list(rows)
+    tokens = [row for r in rows for row in r.tokens]
+    labels = [row for r in rows for row in r.labels]
+    return [
+        Rows(
+            pad_sequence(tokens[i : i + size], batch_first=True, padding_value=0),
+            pad_sequence(labels[i : i + size], batch_first=True, padding_value=IGNORE),
+        )
+        for i in range(0, len(tokens), size)
+    ]
+
+
 @dataclass(frozen=True)
 class KTOBatch:
-    """One micro-batch of B samples (x_i, y_i, p_i) with their mismatched pairs (x_i, y_m(i)). Replicated over TP and PP.
+    """One micro-batch of B samples (x_i, y_i, p_i) and mismatched pairs (x_i, y_m(i)). Replicated over TP and PP.
 
     Attributes:
         samples: rows of (x_i, y_i).

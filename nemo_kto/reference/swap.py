@@ -1,0 +1,153 @@
+"""The reference policy by weight swap: its weights wait in host memory and take the policy's place to score."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nemo_kto.data.batch import StepBatch
+from nemo_kto.gpt.forward import Passes
+from nemo_kto.reference.host_weights import HostWeights
+
+
+class WeightSwap:
+    """Puts the reference weights where the policy's are, for as long as a ``with`` block lasts.
+
+    Three copies of this rank's parameter bytes P cross between host and device per swap: policy out, reference in,
+    policy back. Host memory holds 2 P.
+
+    Args:
+        chunks: model chunks, wrapped as they are trained.
+        reference: the reference policy's weights, captured from the same parameters.
+    """
+
+    def __init__(self, chunks: Sequence[nn.Module], reference: HostWeights) -> None:
+        self._chunks = list(chunks)
+        self._reference = reference
+        self._policy: HostWeights | None = None
+        self.active = False
+        """Whether the live parameters are the reference's right now."""
+        self.bytes_moved = 0
+        """Bytes copied between host and device since the start, both ways."""
+
+    @property
+    def reference(self) -> HostWeights:
+        """The reference policy's weights."""
+        return self._reference
+
+    def require_policy(self, action: str) -> None:
+        """Refuse ``action`` while the live parameters are the reference's.
+
+        Raises:
+            RuntimeError: inside :meth:`swapped`.
+        """
+        if self.active:
+            raise RuntimeError(f"{action} while the reference weights are swapped in would act on the wrong policy")
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The model is the reference inside the block: no gradient, parameter gathers finished, signals held.
+
+        On leaving, also by an exception, the policy's parameters are back bit for bit.
+        """
+        self.require_policy("another swap")
+        with ExitStack() as stack:
+            stack.enter_context(_signals_held())
+            stack.enter_context(_parameters_settled(self._chunks))
+            stack.enter_context(torch.no_grad())
+            if self._policy is None:
+                self._policy = HostWeights(self._chunks)
+            else:
+                self._policy.capture()
+            self.active = True
+            try:
+                self._reference.restore()
+                yield
+            finally:
+                self._policy.restore()
+                self.active = False
+                self.bytes_moved += 2 * self._policy.num_bytes + self._reference.num_bytes
+
+
+class SwapReference:
+    """A :class:`~nemo_kto.reference.base.Reference` that scores through a :class:`WeightSwap`.
+
+    Args:
+        swap: the swap.
+        passes: the passes of the model that the swap acts on.
+        micro_batch_size: rows per forward.
+        needs_kl: whether the mismatched pairs are scored too.
+    """
+
+    def __init__(self, swap: WeightSwap, passes: Passes, *, micro_batch_size: int, needs_kl: bool) -> None:
+        self._swap = swap
+        self._passes = passes
+        self._micro_batch_size = micro_batch_size
+        self._needs_kl = needs_kl
+
+    def score(self, step: StepBatch) -> StepBatch:
+        """See :class:`~nemo_kto.reference.base.Reference`. One swap serves samples and pairs."""
+        kl_logps: list[Tensor] = []
+        with self._swap.swapped():
+            logps = self._passes.score([b.samples for b in step], self._micro_batch_size)
+            if self._needs_kl:
+                kl_logps = self._passes.score([b.kl_rows for b in step], self._micro_batch_size)
+        scored = tuple(
+            replace(
+                batch,
+                ref_logps=logps[i] if logps else None,
+                ref_kl_logps=kl_logps[i] if kl_logps else None,
+            )
+            for i, batch in enumerate(step)
+        )
+        return replace(step, micro_batches=scored)
+
+
+@contextmanager
+def _parameters_settled(chunks: Sequence[nn.Module]) -> Iterator[None]:
+    """Finish Megatron's overlapped parameter gathers, and keep their hooks off until the block ends.
+
+    A gather still pending would save a stale policy and then overwrite the reference.
+    """
+    hooked = [c for c in chunks if hasattr(c, "ddp_config") and c.ddp_config.overlap_param_gather]
+    for chunk in hooked:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for chunk in hooked:
+            chunk.enable_forward_pre_hook()
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Keep termination signals until the block ends: a handler that saves must not find the wrong weights.
+
+    Only the main thread can set handlers; in any other there is nothing to hold.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def hold(number: int, _frame: FrameType | None) -> None:
+        held.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        previous[number] = signal.signal(number, hold)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for number in held:
+            signal.raise_signal(number)
