@@ -38,7 +38,6 @@ def quiet() -> None:
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
-        "NEMO_TESTING": "True",  # nemo.utils.logging: no log files in the working directory
         "PYTHONWARNINGS": "ignore",  # for the worker processes
     }.items():
         os.environ.setdefault(key, value)

@@ -107,6 +107,17 @@ def read_architecture(hf_dir: str | Path) -> Architecture:
     )
 
 
+def stored_dtype(hf_dir: str | Path) -> str | None:
+    """The dtype that ``config.json`` says its weights have, such as ``bfloat16``; None if it does not say.
+
+    Raises:
+        CheckpointError: no such directory or file, or broken JSON.
+    """
+    config = _Config(Path(hf_dir) / "config.json")
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    return None if dtype is None else str(dtype)
+
+
 def to_hf_config(arch: Architecture, dtype: str) -> dict[str, Any]:
     """The ``config.json`` of an architecture: the inverse of :func:`read_architecture`.
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from nemo_kto.config.architecture import Architecture
 from nemo_kto.config.schema import Config, ExpManagerConfig, KTOConfig, KTOLoopConfig, ModelConfig, OptimConfig
 from nemo_kto.errors import ConfigError
 
@@ -52,6 +53,20 @@ def check_schedule(optim: OptimConfig, max_steps: int) -> None:
         raise ConfigError(
             f"model.optim.sched: warmup_steps {sched.warmup_steps} + constant_steps {constant} leave nothing of the "
             f"{max_steps} steps of this run: lower them or train longer (trainer.kto.max_steps, max_epochs)"
+        )
+
+
+def check_length(arch: Architecture, seq_length: int) -> None:
+    """Refuse rows longer than the model can attend over."""
+    if seq_length > arch.max_position_embeddings:
+        raise ConfigError(
+            f"model.data.seq_length={seq_length} is above the model's max_position_embeddings "
+            f"{arch.max_position_embeddings}"
+        )
+    if arch.sliding_window is not None and seq_length > arch.sliding_window:
+        raise ConfigError(
+            f"model.data.seq_length={seq_length} is above the model's sliding_window {arch.sliding_window}: "
+            "attention here is over the whole row, so longer rows would not be the model's own"
         )
 
 

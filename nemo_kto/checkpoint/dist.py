@@ -1,0 +1,154 @@
+"""Megatron distributed checkpoints: sharded weights and optimizer state, readable at any layout. Knows no name map.
+
+A checkpoint directory holds Megatron's ``torch_dist`` files and ``hf/``, the config and tokenizer of the Hugging Face
+model it came from, so that it can be read, resumed and exported without that model.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.optimizer import MegatronOptimizer
+from torch import nn
+
+from nemo_kto.checkpoint.hf_export import copy_companions
+from nemo_kto.config.locate import HF_SUBDIR, is_megatron_checkpoint
+from nemo_kto.distributed.collectives import raise_together
+from nemo_kto.distributed.groups import ParallelGroups
+from nemo_kto.errors import CheckpointError
+from nemo_kto.gpt.build import unwrap
+
+_PREFIX = "model."  # NeMo 1.x's prefix of Megatron GPT weights
+_COMMON = "common"
+
+
+def save_model(
+    chunks: Sequence[nn.Module], hf_source_dir: str | Path, out_dir: str | Path, groups: ParallelGroups
+) -> None:
+    """Write the weights alone. Every rank calls it; ``out_dir`` must be on a file system that all ranks share."""
+    save(chunks, None, {}, hf_source_dir, out_dir, groups)
+
+
+def load_model(chunks: Sequence[nn.Module], ckpt_dir: str | Path, groups: ParallelGroups) -> None:
+    """Read the weights alone, at this layout, into the live parameters.
+
+    Raises:
+        CheckpointError: not a checkpoint, or its tensors do not fit this model.
+    """
+    load(chunks, None, ckpt_dir, groups)
+
+
+def save(
+    chunks: Sequence[nn.Module],
+    optimizer: MegatronOptimizer | None,
+    common: Mapping[str, Any],
+    hf_source_dir: str | Path,
+    out_dir: str | Path,
+    groups: ParallelGroups,
+) -> None:
+    """Write weights, optimizer state and ``common`` to a new directory, which appears only when it is whole.
+
+    Args:
+        chunks: model chunks of this rank.
+        optimizer: Megatron's optimizer, or None to save weights alone.
+        common: state that is equal on all ranks: plain numbers, strings, lists, dicts and tensors.
+        hf_source_dir: directory whose config and tokenizer go along.
+        out_dir: the checkpoint; must not exist.
+        groups: the layout.
+
+    Raises:
+        CheckpointError: ``out_dir`` exists or cannot be written.
+    """
+    target = Path(out_dir)
+    partial = target.with_name(f"{target.name}.partial")
+    _on_first_rank(lambda: _make_empty(target, partial))
+    state = {**_sharded_state(chunks, optimizer, groups, is_loading=False), _COMMON: dict(common)}
+    dist_checkpointing.save(state, str(partial))
+    dist.barrier()
+    _on_first_rank(lambda: _publish(Path(hf_source_dir), partial, target))
+
+
+def load(
+    chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | None, ckpt_dir: str | Path, groups: ParallelGroups
+) -> dict[str, Any]:
+    """Read weights, and optimizer state where an optimizer is given, in place. The layout may differ from the saver's.
+
+    Returns:
+        ``common`` as it was saved.
+
+    Raises:
+        CheckpointError: not a checkpoint, or its tensors do not fit this model.
+    """
+    path = Path(ckpt_dir)
+    if not is_megatron_checkpoint(path):
+        raise CheckpointError(f"{path} is not a Megatron distributed checkpoint: it holds no metadata.json")
+    template = _sharded_state(chunks, optimizer, groups, is_loading=True)
+    try:
+        state = dist_checkpointing.load(template, str(path))
+    except (CheckpointingException, RuntimeError, KeyError, OSError, EOFError) as error:
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"{path} cannot be loaded into this model: {reason[0] if reason else error!r}"
+        ) from error
+    for number, chunk in enumerate(chunks):
+        weights = state[f"model{number}"]
+        unwrap(chunk).load_state_dict({k.removeprefix(_PREFIX): v for k, v in weights.items()}, strict=True)
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+    common: dict[str, Any] = state.get(_COMMON, {})
+    return common
+
+
+def _sharded_state(
+    chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | None, groups: ParallelGroups, *, is_loading: bool
+) -> dict[str, Any]:
+    metadata = {
+        # Megatron's default when this is absent is a format that 0.16 can no longer write
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": groups.dp,
+    }
+    state: dict[str, Any] = {
+        f"model{number}": unwrap(chunk).sharded_state_dict(prefix=_PREFIX, metadata=metadata)
+        for number, chunk in enumerate(chunks)
+    }
+    if optimizer is not None:
+        weights = {key: value for part in state.values() for key, value in part.items()}
+        state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
+    return state
+
+
+def _make_empty(target: Path, partial: Path) -> None:
+    if target.exists():
+        raise CheckpointError(f"{target} exists: remove it or choose another directory")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot create {partial}: {error.strerror}") from error
+
+
+def _publish(hf_source: Path, partial: Path, target: Path) -> None:
+    (partial / HF_SUBDIR).mkdir()
+    shutil.copy2(hf_source / "config.json", partial / HF_SUBDIR)
+    copy_companions(hf_source, partial / HF_SUBDIR)
+    partial.rename(target)
+
+
+def _on_first_rank(action: Callable[[], None]) -> None:
+    """Run ``action`` on world rank 0; every rank waits, and raises if it did."""
+    error: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except Exception as raised:
+            error = raised
+    raise_together(error, dist.group.WORLD)

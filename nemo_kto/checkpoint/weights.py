@@ -1,0 +1,26 @@
+"""Weights from whatever kind of model directory a path is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from nemo_kto.checkpoint.dist import load_model
+from nemo_kto.checkpoint.hf_load import load_hf
+from nemo_kto.config.architecture import Architecture
+from nemo_kto.config.locate import is_megatron_checkpoint
+from nemo_kto.distributed.groups import ParallelGroups
+
+
+def load_weights(chunks: Sequence[nn.Module], arch: Architecture, path: str | Path, groups: ParallelGroups) -> None:
+    """Fill the live parameters in place from a Hugging Face directory or a Megatron checkpoint.
+
+    Raises:
+        CheckpointError: a tensor or file is missing, unexpected, of the wrong shape, or unreadable.
+    """
+    if is_megatron_checkpoint(path):
+        load_model(chunks, path, groups)
+    else:
+        load_hf(chunks, arch, path, groups)

@@ -1,0 +1,165 @@
+"""Train a model with KTO.
+
+Settings are Hydra overrides of conf/gpt_kto.yaml, where every key is explained. Runs alone, under torchrun and under
+srun; trainer.devices=N alone starts N processes on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_kto.config.world import World, world_from_environment
+from nemo_kto.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nemo_kto.config.schema import Config
+    from nemo_kto.training.run_data import RunData
+
+EXAMPLE = """\
+examples:
+  nemo-kto train pretrained_checkpoint.restore_from_path=SmolLM2-135M-Instruct \\
+      'model.data.data_prefix.train=[train.jsonl]' 'model.data.data_prefix.validation=[heldout.jsonl]' \\
+      exp_manager.explicit_log_dir=results model.kto.ref_policy_kl_penalty=0.1
+  torchrun --nproc-per-node 8 -m nemo_kto.cli.main train layout=8gpu ...
+  nemo-kto train --config-dir . --config-name my_run     # my_run.yaml: defaults: [gpt_kto, _self_]
+  nemo-kto train --cfg ...                               # print the resolved config and stop
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Hydra's usual options, and overrides."""
+    parser.add_argument("overrides", nargs="*", help="key=value, or group=choice (loss=kto_paper, layout=8gpu)")
+    parser.add_argument("--config-dir", "--config-path", "-cd", "-cp", help="directory of your own yaml")
+    parser.add_argument("--config-name", "-cn", default="gpt_kto", help="its name (default: the shipped gpt_kto)")
+    parser.add_argument("--cfg", action="store_true", help="print the resolved config and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything that can be checked cheaply, then train."""
+    from nemo_kto.config.load import load_config, to_yaml
+    from nemo_kto.quiet import quiet
+
+    quiet()
+    config = load_config(args.overrides, config_dir=args.config_dir, config_name=args.config_name)
+    if args.cfg:
+        print(to_yaml(config), end="")
+        return 0
+    found = world_from_environment()
+    world = _intended_world(config, found)
+    _check(config, world)
+    data = _read_data(config)
+    if world.size > 1 and not found.launched:
+        return _start_processes(world.size, args)
+    return _train(config, data, world)
+
+
+def _intended_world(config: Config, found: World) -> World:
+    """The launcher's world; without a launcher, as many processes as ``trainer.devices`` asks for."""
+    devices, nodes = config.trainer.devices, config.trainer.num_nodes
+    if not found.launched:
+        if nodes not in (None, 1):
+            raise ConfigError(f"trainer.num_nodes={nodes}: start one torchrun per node, or use srun")
+        size = devices or 1
+        return World(rank=0, size=size, local_size=size, launched=False)
+    for key, asked, there in (
+        ("trainer.devices", devices, found.local_size),
+        ("trainer.num_nodes", nodes, found.num_nodes),
+    ):
+        if asked is not None and asked != there:
+            raise ConfigError(f"{key}={asked}, but the launcher started {there}: make them equal, or leave it null")
+    return found
+
+
+def _check(config: Config, world: World) -> None:
+    """Config, layout and output directory: everything that needs neither torch nor data."""
+    from nemo_kto.config.architecture import read_architecture
+    from nemo_kto.config.checks import check, check_length
+    from nemo_kto.config.layout import check_layout
+    from nemo_kto.config.locate import hf_side
+
+    check(config, world.size)
+    model = config.model
+    arch = read_architecture(hf_side(config.pretrained_checkpoint.restore_from_path))
+    check_layout(
+        arch,
+        tensor_parallel=model.tensor_model_parallel_size,
+        pipeline_parallel=model.pipeline_model_parallel_size,
+    )
+    check_length(arch, model.data.seq_length)
+    _check_writable(Path(config.exp_manager.explicit_log_dir))
+
+
+def _check_writable(log_dir: Path) -> None:
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        probe = log_dir / f".write_test_{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"exp_manager.explicit_log_dir={log_dir} cannot be written: {error.strerror}") from error
+
+
+def _read_data(config: Config) -> RunData:
+    """Validate and tokenise, from the cache where it has these very bytes, and plan the steps."""
+    from nemo_kto.config.checks import check_schedule
+    from nemo_kto.config.locate import hf_side
+    from nemo_kto.data.tokenize import build_store
+    from nemo_kto.training.run_data import RunData
+
+    data = config.model.data
+    tokenizer = hf_side(config.pretrained_checkpoint.restore_from_path)
+    train = build_store(data.data_prefix.train, tokenizer, data)
+    files = data.data_prefix.validation
+    validation = build_store(files, tokenizer, data) if files else None
+    plan = RunData(config, train, validation)
+    check_schedule(config.model.optim, plan.total_steps)
+    return plan
+
+
+def _start_processes(size: int, args: argparse.Namespace) -> int:
+    """Run this same command on ``size`` processes of this machine, and pass on the first failure's exit code."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    launch = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=size, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+    )
+    own_yaml = ["--config-name", args.config_name, *(["--config-dir", args.config_dir] if args.config_dir else [])]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // size)))
+    try:
+        elastic_launch(launch, sys.executable)("-m", "nemo_kto.cli.main", "train", *own_yaml, *args.overrides)
+    except ChildFailedError as error:
+        return int(error.get_first_failure()[1].exitcode) or 1
+    return 0
+
+
+def _train(config: Config, data: RunData, world: World) -> int:
+    from nemo_kto import cpu_backend
+    from nemo_kto.quiet import quiet_nemo
+
+    cpu_backend.install()
+    quiet_nemo()
+    if world.rank == 0:
+        _announce(config, data, world)
+    from nemo_kto.launch import shutdown
+    from nemo_kto.training.trainer import fit
+
+    newest = fit(config, data, world)
+    if world.rank == 0:
+        print(f"done: {data.total_steps} steps, {newest}")
+        print(f"next: nemo-kto convert megatron-to-hf --input {newest} --output HF_DIR")
+    shutdown()
+    return 0
+
+
+def _announce(config: Config, data: RunData, world: World) -> None:
+    model = config.model
+    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    print(f"world {world.size} = TP {tp} x PP {pp} x DP {world.size // (tp * pp)} on {world.num_nodes} node(s)")
+    dropped = data.train_sampler.dropped_per_epoch
+    note = f", {dropped} left over in each" if dropped else ""
+    print(f"{data.total_steps} steps of {model.global_batch_size} samples, {data.steps_per_epoch} per epoch{note}")

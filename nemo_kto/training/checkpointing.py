@@ -1,0 +1,100 @@
+"""When to save and which checkpoints stay. How a checkpoint is written is the strategy's business."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from nemo_kto.config.locate import is_megatron_checkpoint
+
+LATEST = "latest_checkpoint.txt"
+"""File in the log directory that names the newest checkpoint."""
+
+
+def checkpoint_steps(log_dir: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of the whole checkpoints of a run, oldest first."""
+    found = [
+        (_step_of(path), path) for path in (log_dir / "checkpoints").glob("step-*") if is_megatron_checkpoint(path)
+    ]
+    return sorted((step, path) for step, path in found if step is not None)
+
+
+def newest_checkpoint(log_dir: Path) -> Path | None:
+    """The whole checkpoint of the latest step, if there is one."""
+    steps = checkpoint_steps(log_dir)
+    return steps[-1][1] if steps else None
+
+
+def _step_of(path: Path) -> int | None:
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isdigit() else None
+
+
+class MegatronCheckpoint(Checkpoint):
+    """Saves every ``save_interval`` steps, after each validation that can rank it, and at the end.
+
+    Args:
+        log_dir: the run's directory; checkpoints go to ``checkpoints/step-NNNNNN``.
+        save_interval: optimizer steps between checkpoints.
+        monitor: validation metric that ranks checkpoints.
+        mode: ``min`` or ``max``.
+        save_top_k: how many of the best to keep besides the newest; -1 keeps all, 0 none.
+    """
+
+    def __init__(self, log_dir: Path, save_interval: int, monitor: str, mode: str, save_top_k: int) -> None:
+        self._log_dir = log_dir
+        self._save_interval = save_interval
+        self._monitor = monitor
+        self._sign = 1.0 if mode == "min" else -1.0
+        self._top_k = save_top_k
+        self._scores: dict[int, float] = {}
+        self._last_saved: int | None = None
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Save on the interval."""
+        if trainer.global_step % self._save_interval == 0:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Rank the weights just validated, and save them if they may be among the best."""
+        value = trainer.callback_metrics.get(self._monitor)
+        if trainer.sanity_checking or value is None or self._top_k == 0:
+            return
+        self._scores[trainer.global_step] = self._sign * float(value)
+        self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step."""
+        self._save(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Scores of the checkpoints so far."""
+        return {"scores": {str(step): score for step, score in self._scores.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Scores of the checkpoints before the resume."""
+        self._scores = {int(step): score for step, score in state_dict["scores"].items()}
+
+    def _save(self, trainer: Trainer) -> None:
+        step = trainer.global_step
+        target = self._log_dir / "checkpoints" / f"step-{step:06d}"
+        if step != self._last_saved and not target.exists():
+            trainer.save_checkpoint(target)
+        self._last_saved = step
+        if trainer.is_global_zero:
+            (self._log_dir / LATEST).write_text(f"{target}\n", encoding="utf-8")
+            self._forget()
+
+    def _forget(self) -> None:
+        if self._top_k == -1:
+            return
+        kept = checkpoint_steps(self._log_dir)
+        ranked = sorted((s for s, _ in kept if s in self._scores), key=lambda step: self._scores[step])
+        keep = {*ranked[: self._top_k], kept[-1][0]} if kept else set()
+        for step, path in kept:
+            if step not in keep:
+                shutil.rmtree(path, ignore_errors=True)

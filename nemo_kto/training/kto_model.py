@@ -1,0 +1,230 @@
+"""The NeMo model: wires network, reference, objective, optimizer and data into Lightning's hooks. No arithmetic."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from nemo.core.classes import ModelPT
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.utils.data import DataLoader
+
+from nemo_kto.checkpoint.weights import load_weights
+from nemo_kto.config.architecture import read_architecture
+from nemo_kto.config.locate import hf_side
+from nemo_kto.config.schema import Config
+from nemo_kto.data.batch import StepBatch
+from nemo_kto.gpt.build import build_gpt
+from nemo_kto.gpt.forward import Passes
+from nemo_kto.reference.host_weights import HostWeights
+from nemo_kto.reference.swap import SwapReference, WeightSwap
+from nemo_kto.training.metrics import SUMS, Metrics, MetricsFile, named_means, peak_memory_bytes
+from nemo_kto.training.optim import (
+    LightningMegatronOptimizer,
+    build_optimizer,
+    set_learning_rate,
+    wrap_data_parallel,
+)
+from nemo_kto.training.run_data import RunData
+from nemo_kto.training.schedule import learning_rate
+from nemo_kto.training.step import KTOStep, loss_settings
+
+
+class MegatronGPTKTOModel(ModelPT):
+    """A Megatron GPT that is trained with KTO by a Lightning trainer.
+
+    The network is built when Lightning asks for it (:meth:`configure_model`), because process groups exist only then.
+    Gradients, clipping and sharding belong to Megatron, so optimization is manual.
+
+    Args:
+        cfg: the whole run's config, as a :class:`~nemo_kto.config.schema.Config` or its OmegaConf form.
+        trainer: a trainer with :class:`~nemo_kto.training.strategy.MegatronStrategy`.
+        data: train and validation data at this run's sequence length and batch size.
+    """
+
+    def __init__(self, cfg: Config | DictConfig, trainer: Trainer, data: RunData) -> None:
+        run = cfg if isinstance(cfg, Config) else OmegaConf.to_object(cfg)
+        assert isinstance(run, Config)
+        super().__init__(cfg=OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(run))), trainer=trainer)
+        self.automatic_optimization = False
+        self.run = run
+        self.data = data
+        self.consumed_samples = 0
+        self.chunks: Sequence[nn.Module] = ()
+        self.hf_side = hf_side(run.pretrained_checkpoint.restore_from_path)
+        self._settings = loss_settings(run.model.kto)
+        self._swap: WeightSwap | None = None
+        self._step: KTOStep | None = None
+        self._validation_sums: dict[str, float] = {}
+        self._validation_pairs = 0
+        self._step_started = time.perf_counter()
+        self._metrics_file = MetricsFile(Path(run.exp_manager.explicit_log_dir) / "metrics.jsonl")
+
+    # -- what ModelPT wants to know
+
+    def setup_training_data(self, train_data_config: Any) -> None:
+        """Nothing: the data is given to the constructor."""
+
+    def setup_validation_data(self, val_data_config: Any) -> None:
+        """Nothing: the data is given to the constructor."""
+
+    @classmethod
+    def list_available_models(cls) -> list[Any]:
+        """None: weights come from ``pretrained_checkpoint.restore_from_path``."""
+        return []
+
+    # -- the network and its reference
+
+    def configure_model(self) -> None:
+        """Build the network, take the reference's host copy, load the policy.
+
+        The reference is loaded first and captured; where the policy starts elsewhere its weights then follow. On
+        resume, Lightning loads the policy over them later, so the reference is always the run's own.
+        """
+        if self.chunks:
+            return
+        model, groups = self.run.model, self.trainer.strategy.groups
+        arch = read_architecture(self.hf_side)
+        chunks: Sequence[nn.Module] = build_gpt(arch, model, bf16=self.run.trainer.is_bf16, groups=groups)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            chunks = wrap_data_parallel(chunks, model.optim)
+        self.chunks = nn.ModuleList(chunks)
+        load_weights(self.chunks, arch, model.kto.reference_from_path, groups)
+        self._swap = WeightSwap(self.chunks, HostWeights(self.chunks))
+        if model.kto.reference_from_path != self.run.pretrained_checkpoint.restore_from_path:
+            load_weights(self.chunks, arch, self.run.pretrained_checkpoint.restore_from_path, groups)
+        passes = Passes(self.chunks, groups, arch.vocab_size)
+        rows = model.kto.log_prob_forward_micro_batch_size
+        reference = SwapReference(self._swap, passes, micro_batch_size=rows, needs_kl=self._settings.needs_kl)
+        self._step = KTOStep(passes, reference, self._settings, groups, rows)
+
+    @property
+    def swap(self) -> WeightSwap:
+        """The reference policy's weights and their way in and out."""
+        assert self._swap is not None
+        return self._swap
+
+    def require_policy(self, action: str) -> None:
+        """Raise if ``action`` would meet the reference's weights instead of the policy's."""
+        self.swap.require_policy(action)
+
+    def configure_optimizers(self) -> LightningMegatronOptimizer:
+        """Megatron's optimizer over the wrapped chunks."""
+        clip = self.run.trainer.kto.gradient_clip_val
+        return LightningMegatronOptimizer(
+            build_optimizer(self.chunks, self.run.model.optim, bf16=self.run.trainer.is_bf16, clip_grad=clip)
+        )
+
+    # -- training
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """One optimizer step over one global batch."""
+        optimizer = self.optimizers()
+        optim = self.run.model.optim
+        rate = learning_rate(self.trainer.global_step, optim, self.data.total_steps)
+        set_learning_rate(optimizer.optimizer.megatron, rate, optim.weight_decay)
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        sums = self.kto_step.train(batch)
+        self.require_policy("an optimizer step")
+        optimizer.step()
+        self.consumed_samples += batch.counts.num_samples
+        self._report(named_means(sums, batch.counts, self._settings.beta), batch, rate, optimizer.optimizer.grad_norm)
+
+    @property
+    def kto_step(self) -> KTOStep:
+        """The step's arithmetic; exists once the network does."""
+        assert self._step is not None
+        return self._step
+
+    def on_train_start(self) -> None:
+        """Start the clock of the first step."""
+        self._step_started = time.perf_counter()
+
+    def _report(self, metrics: Metrics, batch: StepBatch, rate: float, grad_norm: float) -> None:
+        now = time.perf_counter()
+        seconds, self._step_started = now - self._step_started, now
+        record: Metrics = {
+            "step": self.trainer.global_step,
+            "epoch": self.data.epoch(self.consumed_samples),
+            "consumed_samples": self.consumed_samples,
+            **metrics,
+            "grad_norm": grad_norm,
+            "lr": rate,
+            "step_time_s": seconds,
+            "tokens": batch.counts.num_tokens,
+            "tokens_per_second": batch.counts.num_tokens / seconds,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        self._publish(record)
+
+    def _publish(self, record: Metrics) -> None:
+        """To metrics.jsonl, the loggers and the progress bar."""
+        if self.trainer.is_global_zero:
+            self._metrics_file.write(record)
+        values = {key: float(value) for key, value in record.items() if value is not None}
+        bar = {"loss": "loss", "kl": "kl", "rewards/margins": "margin"}
+        self.log_dict(values, batch_size=1, rank_zero_only=True)
+        self.log_dict({name: values[key] for key, name in bar.items() if key in values}, prog_bar=True, logger=False)
+
+    # -- validation
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the sums of the validation before."""
+        self._validation_sums, self._validation_pairs = dict.fromkeys(SUMS, 0.0), 0
+
+    def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """Add one validation batch's sums."""
+        sums = self.kto_step.evaluate(batch, self.data.validation_counts)
+        for name in SUMS:
+            self._validation_sums[name] += sums[name]
+        self._validation_pairs += batch.counts.num_kl_pairs
+
+    def on_validation_epoch_end(self) -> None:
+        """Means over the whole validation set."""
+        counts = replace(self.data.validation_counts, num_kl_pairs=self._validation_pairs)
+        means = named_means(self._validation_sums, counts, self._settings.beta)
+        record: Metrics = {
+            "step": self.trainer.global_step,
+            "epoch": self.data.epoch(self.consumed_samples),
+            "consumed_samples": self.consumed_samples,
+            **{f"val/{key}": value for key, value in means.items()},
+        }
+        if self.trainer.is_global_zero:
+            self._metrics_file.write(record)
+        values = {key: float(value) for key, value in record.items() if key.startswith("val/") and value is not None}
+        self.log_dict({**values, "val_loss": values["val/loss"]}, batch_size=1, rank_zero_only=True)
+        self._step_started = time.perf_counter()
+
+    # -- data and state
+
+    def train_dataloader(self) -> DataLoader[StepBatch]:
+        """Global batches from where the completed optimizer steps end."""
+        groups = self.trainer.strategy.groups
+        return self.data.train_loader(self.consumed_samples, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
+
+    def val_dataloader(self) -> DataLoader[StepBatch] | list[Any]:
+        """The validation set, or nothing."""
+        groups = self.trainer.strategy.groups
+        loader = self.data.validation_loader(dp_rank=groups.dp_rank, dp_size=groups.dp_size)
+        return [] if loader is None else loader
+
+    def transfer_batch_to_device(self, batch: StepBatch, device: torch.device, dataloader_idx: int) -> StepBatch:
+        """Move every micro-batch's tensors."""
+        return batch.to(device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep where the data stands."""
+        checkpoint["consumed_samples"] = self.consumed_samples
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from where the data stood."""
+        self.consumed_samples = checkpoint["consumed_samples"]

@@ -1,0 +1,126 @@
+"""A thin Lightning strategy: process groups, gradients, optimizer sharding and checkpoints all belong to Megatron."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from nemo.utils.app_state import AppState
+
+from nemo_kto import launch
+from nemo_kto.checkpoint import dist as dist_checkpoint
+from nemo_kto.distributed import groups as parallel
+from nemo_kto.distributed.groups import ParallelGroups
+from nemo_kto.training.optim import LightningMegatronOptimizer, prime_state
+
+
+class MegatronStrategy(DDPStrategy):
+    """Lightning starts and steps; everything distributed is Megatron's. No torch DDP, no broadcast of rank 0's shard.
+
+    Args:
+        tensor_parallel: TP size.
+        pipeline_parallel: PP size; the rest of the world is data parallel.
+        seed: of Megatron's random streams.
+    """
+
+    def __init__(self, tensor_parallel: int, pipeline_parallel: int, seed: int, **kwargs: Any) -> None:
+        super().__init__(timeout=launch.TIMEOUT, **kwargs)
+        self._sizes = (tensor_parallel, pipeline_parallel)
+        self._seed = seed
+        self._groups: ParallelGroups | None = None
+
+    @property
+    def groups(self) -> ParallelGroups:
+        """This rank's parallel groups; they exist once Lightning has set up the environment."""
+        if self._groups is None:
+            raise RuntimeError("the strategy has not set up its process groups yet")
+        return self._groups
+
+    def setup_distributed(self) -> None:
+        """Join the job, lay out Megatron's groups, seed its random streams."""
+        super().setup_distributed()
+        self._groups = parallel.initialize(*self._sizes, self.root_device, launch.TIMEOUT)
+        launch.seed_megatron(self._seed)
+        app = AppState()  # NeMo's loggers and save/restore read the layout here
+        app.tensor_model_parallel_size, app.pipeline_model_parallel_size = self._sizes
+        app.model_parallel_size = self._groups.tp_size * self._groups.pp_size
+        app.tensor_model_parallel_rank, app.pipeline_model_parallel_rank = self._groups.tp_rank, self._groups.pp_rank
+        app.data_parallel_rank, app.data_parallel_size = self._groups.dp_rank, self._groups.dp_size
+
+    def setup(self, trainer: Trainer) -> None:
+        """Build the optimizer where the run trains. The model is on its device already."""
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    def configure_ddp(self) -> None:
+        """Nothing: the model is wrapped in Megatron's DDP when it is built."""
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Loading needs the optimizer to exist."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Empty: weights are saved sharded."""
+        return {}
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Empty: optimizer state is saved sharded."""
+        return {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
+        """Write Lightning's loop state, and Megatron's weights and optimizer state, as one distributed checkpoint."""
+        model = self._model
+        model.require_policy("saving a checkpoint")
+        common = {
+            key: _plain(value) for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")
+        }
+        dist_checkpoint.save(model.chunks, self._optimizer.megatron, common, model.hf_side, filepath, self.groups)
+
+    def load_checkpoint(self, checkpoint_path: _PATH, load_optimizer_states: bool = True) -> dict[str, Any]:
+        """Load weights and optimizer state in place, and return Lightning's loop state."""
+        optimizer = self._optimizer.megatron
+        prime_state(optimizer)
+        common = dist_checkpoint.load(self._model.chunks, optimizer, checkpoint_path, self.groups)
+        return {**common, "state_dict": {}, "optimizer_states": []}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Nothing: :meth:`load_checkpoint` has filled the live parameters."""
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Nothing: :meth:`load_checkpoint` has filled the live optimizer."""
+
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        """Delete a checkpoint directory, on one rank."""
+        if self.is_global_zero:
+            shutil.rmtree(filepath, ignore_errors=True)
+
+    @property
+    def _model(self) -> Any:
+        module: LightningModule | None = self.lightning_module
+        assert module is not None
+        return module
+
+    @property
+    def _optimizer(self) -> LightningMegatronOptimizer:
+        optimizer = self.optimizers[0]
+        assert isinstance(optimizer, LightningMegatronOptimizer)
+        return optimizer
+
+
+def _plain(value: Any) -> Any:
+    """Containers and numbers only: Megatron reads the common state back without unpickling objects."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

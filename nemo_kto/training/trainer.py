@@ -1,0 +1,128 @@
+"""Builds the Lightning trainer from config, with NeMo's exp_manager for loggers, and runs it. Parses nothing."""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Timer
+from nemo.utils.exp_manager import exp_manager
+
+from nemo_kto.config.load import to_yaml
+from nemo_kto.config.schema import Config, ExpManagerConfig
+from nemo_kto.config.world import World
+from nemo_kto.errors import CheckpointError, StoppedEarlyError
+from nemo_kto.training.checkpointing import MegatronCheckpoint, newest_checkpoint
+from nemo_kto.training.kto_model import MegatronGPTKTOModel
+from nemo_kto.training.progress import progress_callback
+from nemo_kto.training.run_data import RunData
+from nemo_kto.training.strategy import MegatronStrategy
+
+
+class RunTimer(Timer):
+    """Lightning's timer per run: time spent before a resume does not count."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to carry over."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to take over."""
+
+
+def fit(config: Config, data: RunData, world: World) -> Path:
+    """Train, and return the newest checkpoint's directory (the log directory, where checkpoints are off).
+
+    Raises:
+        StoppedEarlyError: ``max_time_per_run`` ended the run before its last step; it can be resumed.
+        CheckpointError: there is nothing to resume from, or it cannot be read.
+    """
+    log_dir = Path(config.exp_manager.explicit_log_dir)
+    resume_from = _resume_path(config.exp_manager, log_dir)
+    trainer = build_trainer(config, data, world)
+    if trainer.is_global_zero:
+        (log_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    model = MegatronGPTKTOModel(config, trainer, data)
+    trainer.fit(model, ckpt_path=resume_from)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if trainer.global_step < data.total_steps:
+        raise StoppedEarlyError(
+            f"stopped after step {trainer.global_step} of {data.total_steps} (exp_manager.max_time_per_run); "
+            "the same command goes on from there"
+        )
+    return newest_checkpoint(log_dir) or log_dir
+
+
+def build_trainer(config: Config, data: RunData, world: World) -> pl.Trainer:
+    """A Lightning trainer that leaves precision, clipping, sampling and synchronisation to Megatron and to us."""
+    loop, model, exp = config.trainer.kto, config.model, config.exp_manager
+    callbacks: list[pl.Callback] = [progress_callback()]
+    if exp.create_checkpoint_callback:
+        params = exp.checkpoint_callback_params
+        callbacks.append(
+            MegatronCheckpoint(
+                Path(exp.explicit_log_dir), loop.save_interval, params.monitor, params.mode, params.save_top_k
+            )
+        )
+    if exp.max_time_per_run is not None:
+        days, hours, minutes, seconds = (int(part) for part in exp.max_time_per_run.split(":"))
+        limit = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+        callbacks.append(RunTimer(limit, interval="step"))
+    trainer = pl.Trainer(
+        strategy=MegatronStrategy(model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.seed),
+        accelerator=config.trainer.accelerator,
+        devices=world.local_size,
+        num_nodes=world.num_nodes,
+        precision="32-true",  # Megatron's own wrapper holds the bf16 weights
+        logger=False,
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        inference_mode=False,  # Megatron caches its rotary table: one made in inference mode breaks the next backward
+        num_sanity_val_steps=0,
+        max_steps=data.total_steps,
+        max_epochs=1,  # the loader runs over all epochs, so that its position is consumed_samples alone
+        val_check_interval=min(data.val_interval, data.total_steps),
+        check_val_every_n_epoch=None,
+        log_every_n_steps=1,
+    )
+    exp_manager(trainer, _logger_config(exp))
+    return trainer
+
+
+def _logger_config(exp: ExpManagerConfig) -> dict[str, Any]:
+    """exp_manager sets up directory and loggers; checkpoints and resuming are ours (NeMo's move earlier logs away)."""
+    return {
+        "explicit_log_dir": exp.explicit_log_dir,
+        "name": exp.name,
+        "create_tensorboard_logger": exp.create_tensorboard_logger,
+        "create_wandb_logger": exp.create_wandb_logger,
+        "wandb_logger_kwargs": exp.wandb_logger_kwargs,
+        "create_checkpoint_callback": False,
+        "create_preemption_callback": False,
+        "resume_if_exists": False,
+        "log_step_timing": False,
+        "log_tflops_per_sec_per_gpu": False,
+        "seconds_to_sleep": 0,
+    }
+
+
+def _resume_path(exp: ExpManagerConfig, log_dir: Path) -> Path | None:
+    if exp.resume_from_checkpoint is not None:
+        return Path(exp.resume_from_checkpoint)
+    if not exp.resume_if_exists:
+        return None
+    newest = newest_checkpoint(log_dir)
+    if newest is None and not exp.resume_ignore_no_checkpoint:
+        raise CheckpointError(
+            f"{log_dir}/checkpoints holds no checkpoint to resume from; "
+            "exp_manager.resume_ignore_no_checkpoint=true starts anew"
+        )
+    if newest is not None:
+        sys.stderr.write(f"resuming from {newest}\n")
+    return newest
