@@ -1,0 +1,98 @@
+"""Entry point of ``nemo-kto``: picks the verb, loads its module only then, and turns errors into exit codes.
+
+A verb is a module of this folder with ``add_arguments(parser)``, ``run(args) -> int``, a docstring whose first line is
+its help, and optionally ``EXAMPLE``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from nemo_kto import __version__
+from nemo_kto.errors import KTOError
+
+VERBS = ("prepare", "train", "score", "convert", "report")
+
+EXAMPLE = """\
+example:
+  nemo-kto train pretrained_checkpoint.restore_from_path=MODEL 'model.data.data_prefix.train=[train.jsonl]'
+
+exit codes: 0 done, 1 a bug, 2 config or usage, 3 data or checkpoint, 4 stopped early and resumable"""
+
+
+def _module_name(verb: str) -> str:
+    return f"nemo_kto.cli.{verb.replace('-', '_')}"
+
+
+def _summary(verb: str) -> str:
+    """First line of a verb's docstring, read without importing the module."""
+    spec = importlib.util.find_spec(_module_name(verb))
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(_module_name(verb))
+    docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
+    return (docstring or "").split("\n")[0]
+
+
+def _answer_without_verb(arguments: Sequence[str]) -> NoReturn:
+    """Answer --help, --version, nothing, or a verb that does not exist; ends the process."""
+    width = max(len(verb) for verb in VERBS)
+    verbs = "\n".join(f"  {verb:<{width}}  {_summary(verb)}" for verb in VERBS)
+    parser = argparse.ArgumentParser(
+        prog="nemo-kto",
+        usage="nemo-kto [--help] [--version] VERB ...",
+        description="KTO alignment of Megatron GPT models from thumbs-up / thumbs-down feedback.",
+        epilog=f"verbs (`nemo-kto VERB --help` shows more):\n{verbs}\n\n{EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"nemo_kto {__version__}")
+    parser.add_argument("verb", metavar="VERB", help="what to do")
+    unknown: str = parser.parse_args(arguments[:1]).verb
+    near = difflib.get_close_matches(unknown, VERBS, n=1, cutoff=0.5)
+    advice = f"did you mean {near[0]!r}?" if near else f"verbs: {', '.join(VERBS)}"
+    parser.error(f"no verb {unknown!r}; {advice}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code.
+
+    Args:
+        argv: the command line without the program's name; None: that of this process.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if not arguments or arguments[0] not in VERBS:
+        _answer_without_verb(arguments)
+    verb = arguments[0]
+    module = importlib.import_module(_module_name(verb))
+    parser = argparse.ArgumentParser(
+        prog=f"nemo-kto {verb}",
+        description=module.__doc__,
+        epilog=getattr(module, "EXAMPLE", None),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    options = parser.parse_args(arguments[1:])
+    try:
+        code: int = module.run(options)
+    except KTOError as error:
+        if os.environ.get("NEMO_KTO_TRACEBACK") == "1":
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
