@@ -1,0 +1,156 @@
+"""From row numbers of a global batch to this rank's tensors, mismatched pairs included. Not for choosing the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nemo_kto.data.batch import IGNORE, KTOBatch, Rows, StepBatch
+from nemo_kto.data.store import TokenStore
+from nemo_kto.objective.counts import BatchCounts
+from nemo_kto.objective.pairing import mismatched_partners
+
+IntArray = NDArray[np.int64]
+Ids = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How a global batch is laid out over ranks and in memory.
+
+    Attributes:
+        dp_rank: this rank's place on the data-parallel axis.
+        dp_size: length of that axis.
+        micro_batch_size: samples per micro-batch.
+        pad_id: any valid token id.
+        seq_length: longest row in tokens; a KL row loses the end of its response beyond it.
+        pad_multiple: rows are padded to a multiple of it (of the tensor-parallel size, with sequence parallelism).
+        needs_kl: whether the objective uses the mismatched pairs.
+    """
+
+    dp_rank: int
+    dp_size: int
+    micro_batch_size: int
+    pad_id: int
+    seq_length: int
+    pad_multiple: int
+    needs_kl: bool
+
+
+def collate_step(store: TokenStore, indices: IntArray, layout: BatchLayout) -> StepBatch:
+    """Build this data-parallel rank's share of one global batch.
+
+    Pairing looks at the whole global batch, in its order, before anything is cut: it depends on neither ranks nor
+    micro-batches, and neither do the counts. The rank takes the contiguous share [rank N / DP, (rank + 1) N / DP), and
+    cuts it into micro-batches in order. Where N does not divide (the last batch of validation) shares differ by one
+    sample, the last micro-batch is smaller, and a share may be empty.
+
+    A KL row is the sample's prompt and its partner's response, cut at ``seq_length``. A pair whose prompt leaves no
+    room for a response does not count. Without a partner, and for every sample when ``needs_kl`` is false (then no
+    pairing is done), the KL row is the prompt alone: valid input with nothing to score.
+
+    Worked example. Three samples, prompts (1 2), (3), (4 5), responses (6 9), (7 8 9), (9), the second undesirable.
+    Each is paired with the next, the last with the first. With ``pad_id`` 0 on one rank in one micro-batch:
+
+    >>> import numpy as np
+    >>> class Store:  # the parts of a TokenStore that are read
+    ...     desirable = np.array([True, False, True])
+    ...     prompt_lengths = np.array([2, 1, 2])
+    ...     prompts, responses = [[1, 2], [3], [4, 5]], [[6, 9], [7, 8, 9], [9]]
+    ...     def prompt(self, i): return np.array(self.prompts[i])
+    ...     def response(self, i): return np.array(self.responses[i])
+    ...     def prompt_key(self, i): return bytes(self.prompts[i])
+    ...     def response_key(self, i): return bytes(self.responses[i])
+    ...     def lengths(self, rows): return np.array([4, 4, 3])[rows]
+    >>> layout = BatchLayout(
+    ...     dp_rank=0, dp_size=1, micro_batch_size=3, pad_id=0, seq_length=4, pad_multiple=1, needs_kl=True)
+    >>> step = collate_step(Store(), np.arange(3), layout)
+    >>> batch = step.micro_batches[0]
+    >>> batch.samples.tokens
+    tensor([[1, 2, 6, 9],
+            [3, 7, 8, 9],
+            [4, 5, 9, 0]])
+    >>> batch.samples.labels  # what each position predicts, where that is a token of the response
+    tensor([[-100,    6,    9, -100],
+            [   7,    8,    9, -100],
+            [-100,    9, -100, -100]])
+    >>> batch.kl_rows.tokens  # the first row loses its 9: seq_length is 4
+    tensor([[1, 2, 7, 8],
+            [3, 9, 0, 0],
+            [4, 5, 6, 9]])
+    >>> batch.kl_rows.labels
+    tensor([[-100,    7,    8, -100],
+            [   9, -100, -100, -100],
+            [-100,    6,    9, -100]])
+    >>> step.counts
+    BatchCounts(num_samples=3, num_desirable=2, num_undesirable=1, num_kl_pairs=3, num_tokens=11)
+
+    Args:
+        store: the tokens.
+        indices: [N] int64, rows of the whole global batch in global order, the same on every rank.
+        layout: where this rank stands and how rows are padded.
+
+    Returns:
+        The micro-batches of this rank and the counts of the global batch.
+    """
+    partners = _partners(store, indices, layout)
+    first, last = (k * len(indices) // layout.dp_size for k in (layout.dp_rank, layout.dp_rank + 1))
+    micro_batches = tuple(
+        _micro_batch(store, indices[start:stop], partners[start:stop], layout)
+        for start in range(first, last, layout.micro_batch_size)
+        for stop in (min(start + layout.micro_batch_size, last),)
+    )
+    num_desirable = int(store.desirable[indices].sum())
+    counts = BatchCounts(
+        num_samples=len(indices),
+        num_desirable=num_desirable,
+        num_undesirable=len(indices) - num_desirable,
+        num_kl_pairs=sum(partner is not None for partner in partners),
+        num_tokens=int(store.lengths(indices).sum()),
+    )
+    return StepBatch(micro_batches, counts)
+
+
+def _partners(store: TokenStore, indices: IntArray, layout: BatchLayout) -> list[int | None]:
+    """For each sample of the global batch the row of the store whose response it is paired with, if any."""
+    if not layout.needs_kl:
+        return [None] * len(indices)
+    rows = [int(i) for i in indices]
+    places = mismatched_partners([store.prompt_key(i) for i in rows], [store.response_key(i) for i in rows])
+    has_room = store.prompt_lengths[indices] < layout.seq_length
+    return [rows[m] if m is not None and room else None for m, room in zip(places, has_room, strict=True)]
+
+
+def _micro_batch(
+    store: TokenStore, indices: IntArray, partners: Sequence[int | None], layout: BatchLayout
+) -> KTOBatch:
+    prompts = [store.prompt(int(i)) for i in indices]
+    responses = [store.response(int(i)) for i in indices]
+    nothing: Ids = np.zeros(0, dtype=np.int32)
+    kl_responses = [nothing if m is None else store.response(m) for m in partners]
+    return KTOBatch(
+        samples=_rows(prompts, responses, layout),
+        kl_rows=_rows(prompts, kl_responses, layout),
+        desirable=torch.from_numpy(np.array(store.desirable[indices])),
+        has_partner=torch.tensor([m is not None for m in partners]),
+        index=torch.from_numpy(np.array(indices)),
+    )
+
+
+def _rows(prompts: Sequence[Ids], responses: Sequence[Ids], layout: BatchLayout) -> Rows:
+    """Pad to the longest row, after cutting responses (never prompts) at the sequence length."""
+    room = [max(layout.seq_length - len(prompt), 0) for prompt in prompts]
+    responses = [response[:space] for response, space in zip(responses, room, strict=True)]
+    longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    width = -(-longest // layout.pad_multiple) * layout.pad_multiple
+    tokens = np.full((len(prompts), width), layout.pad_id, dtype=np.int64)
+    labels = np.full((len(prompts), width), IGNORE, dtype=np.int64)
+    for b, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        start, stop = len(prompt), len(prompt) + len(response)
+        tokens[b, :start], tokens[b, start:stop] = prompt, response
+        labels[b, start - 1 : stop - 1] = response  # the last token of the prompt predicts the first of the response
+    return Rows(torch.from_numpy(tokens), torch.from_numpy(labels))
