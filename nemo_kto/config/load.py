@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -45,14 +45,28 @@ def load_config(
     """
     composed = _compose(list(overrides), config_dir, config_name)
     _refuse_unknown_keys(composed)
-    schema = _writable(OmegaConf.structured(_blank(Config)))
     _refuse_missing(composed, config_name)
+    return to_config(composed)
+
+
+def to_config(values: DictConfig) -> Config:
+    """Type-check a complete tree of settings and resolve its interpolations.
+
+    Raises:
+        ConfigError: a value has the wrong type, or an interpolation cannot be resolved.
+    """
+    schema = _writable(OmegaConf.structured(_blank(Config)))
     try:
-        merged = OmegaConf.merge(schema, composed)
+        merged = OmegaConf.merge(schema, values)
         OmegaConf.resolve(merged)
         return cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error)) from error
+
+
+def to_container(config: Config) -> DictConfig:
+    """Plain OmegaConf values, as NeMo and Lightning store them."""
+    return OmegaConf.create(asdict(config))
 
 
 def _blank(node: type) -> Any:
@@ -74,7 +88,7 @@ def _writable(node: DictConfig) -> DictConfig:
 
 def to_yaml(config: Config) -> str:
     """The resolved config as yaml, to be kept beside a run's results."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(to_container(config))
 
 
 def _compose(overrides: list[str], config_dir: str | Path | None, config_name: str) -> DictConfig:

@@ -12,12 +12,12 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from nemo.core.classes import ModelPT
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
 from nemo_kto.checkpoint.weights import load_weights
 from nemo_kto.config.architecture import read_architecture
+from nemo_kto.config.load import to_container
 from nemo_kto.config.locate import hf_side
 from nemo_kto.config.schema import Config
 from nemo_kto.data.batch import StepBatch
@@ -44,15 +44,13 @@ class MegatronGPTKTOModel(ModelPT):
     Gradients, clipping and sharding belong to Megatron, so optimization is manual.
 
     Args:
-        cfg: the whole run's config, as a :class:`~nemo_kto.config.schema.Config` or its OmegaConf form.
+        run: the whole run's config.
         trainer: a trainer with :class:`~nemo_kto.training.strategy.MegatronStrategy`.
         data: train and validation data at this run's sequence length and batch size.
     """
 
-    def __init__(self, cfg: Config | DictConfig, trainer: Trainer, data: RunData) -> None:
-        run = cfg if isinstance(cfg, Config) else OmegaConf.to_object(cfg)
-        assert isinstance(run, Config)
-        super().__init__(cfg=OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(run))), trainer=trainer)
+    def __init__(self, run: Config, trainer: Trainer, data: RunData) -> None:
+        super().__init__(cfg=to_container(run).model, trainer=trainer)  # NeMo's own view: the model section
         self.automatic_optimization = False
         self.run = run
         self.data = data
@@ -171,9 +169,9 @@ class MegatronGPTKTOModel(ModelPT):
         if self.trainer.is_global_zero:
             self._metrics_file.write(record)
         values = {key: float(value) for key, value in record.items() if value is not None}
-        bar = {"loss": "loss", "kl": "kl", "rewards/margins": "margin"}
+        shown = {key: values.pop(key) for key in ("loss", "kl", "rewards/margins") if key in values}
+        self.log_dict(shown, prog_bar=True, batch_size=1, rank_zero_only=True)
         self.log_dict(values, batch_size=1, rank_zero_only=True)
-        self.log_dict({name: values[key] for key, name in bar.items() if key in values}, prog_bar=True, logger=False)
 
     # -- validation
 

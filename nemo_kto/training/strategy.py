@@ -79,18 +79,19 @@ class MegatronStrategy(DDPStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
         """Write Lightning's loop state, and Megatron's weights and optimizer state, as one distributed checkpoint."""
-        model = self._model
+        model = self._kto_model
         model.require_policy("saving a checkpoint")
         common = {
             key: _plain(value) for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")
         }
-        dist_checkpoint.save(model.chunks, self._optimizer.megatron, common, model.hf_side, filepath, self.groups)
+        optimizer = self._megatron_optimizer.megatron
+        dist_checkpoint.save(model.chunks, optimizer, common, model.hf_side, filepath, self.groups)
 
     def load_checkpoint(self, checkpoint_path: _PATH, load_optimizer_states: bool = True) -> dict[str, Any]:
         """Load weights and optimizer state in place, and return Lightning's loop state."""
-        optimizer = self._optimizer.megatron
+        optimizer = self._megatron_optimizer.megatron
         prime_state(optimizer)
-        common = dist_checkpoint.load(self._model.chunks, optimizer, checkpoint_path, self.groups)
+        common = dist_checkpoint.load(self._kto_model.chunks, optimizer, checkpoint_path, self.groups)
         return {**common, "state_dict": {}, "optimizer_states": []}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -105,13 +106,13 @@ class MegatronStrategy(DDPStrategy):
             shutil.rmtree(filepath, ignore_errors=True)
 
     @property
-    def _model(self) -> Any:
+    def _kto_model(self) -> Any:
         module: LightningModule | None = self.lightning_module
         assert module is not None
         return module
 
     @property
-    def _optimizer(self) -> LightningMegatronOptimizer:
+    def _megatron_optimizer(self) -> LightningMegatronOptimizer:
         optimizer = self.optimizers[0]
         assert isinstance(optimizer, LightningMegatronOptimizer)
         return optimizer

@@ -80,7 +80,7 @@ def build_trainer(config: Config, data: RunData, world: World) -> pl.Trainer:
         precision="32-true",  # Megatron's own wrapper holds the bf16 weights
         logger=False,
         callbacks=callbacks,
-        enable_checkpointing=False,
+        enable_checkpointing=exp.create_checkpoint_callback,
         enable_model_summary=False,
         use_distributed_sampler=False,
         inference_mode=False,  # Megatron caches its rotary table: one made in inference mode breaks the next backward
