@@ -1,0 +1,58 @@
+# Every target sets up what it needs: the virtual environment .venv is made once, and again when the pins change.
+# With an NVIDIA GPU, .venv sees the packages that are already there (an NGC image's torch, Megatron, Transformer
+# Engine) and only what is missing is installed. Without one, the exact CPU set of requirements/cpu.txt is installed.
+
+PYTHON ?= python3
+DEMO ?= smollm2
+BIN := .venv/bin
+READY := .venv/.ready
+GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+TORCH := $(shell sed -n 's/^torch==//p' requirements/cpu.txt)
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help demo test test-slow lint format typecheck clean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
+
+demo: $(READY)  ## train SmolLM2 on human-rated reviews, before and after (DEMO=tiny: a minute, no download)
+	$(BIN)/python examples/demo/run.py $(DEMO)
+
+test: $(READY)  ## run the tests, without the slow ones
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(READY)  ## run the slow tests
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(READY)  ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)  ## rewrite to the house's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(READY)  ## mypy --strict on floors 1 and 2
+	$(BIN)/mypy
+
+clean:  ## delete what the targets made, .venv and demo_out included
+	rm -rf .venv demo_out build dist .pytest_cache .mypy_cache .ruff_cache
+	find nemo_kto examples benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): requirements/cpu.txt pyproject.toml
+	@echo "setting up .venv (once, a few minutes)"
+ifeq ($(GPU),yes)
+	$(PYTHON) -m venv --system-site-packages .venv
+	$(PIP) install --quiet --editable '.[dev]'
+else
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: the pinned set needs Python 3.11 or later: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	@# First from the indexes that pip is set up with (offline mirrors have it), then from PyTorch's own.
+	$(PIP) install --quiet --no-deps 'torch==$(TORCH)+cpu' 2>/dev/null || \
+	  $(PIP) install --quiet --no-deps --index-url $(CPU_WHEELS) 'torch==$(TORCH)'
+	$(PIP) install --quiet --requirement requirements/cpu.txt
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+endif
+	@touch $@
