@@ -14,6 +14,8 @@ from typing import get_type_hints
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_kto.config.checks import check
+from nemo_kto.config.load import load_config
 from nemo_kto.config.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -58,6 +60,12 @@ def test_groups_set_known_keys_and_say_what_they_are_for(path):
     lines = path.read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("# @package ")
     assert lines[1].startswith("# ")
+
+
+@pytest.mark.parametrize(("layout", "world_size"), [("laptop", 1), ("1gpu", 1), ("8gpu", 8), ("32gpu", 32)])
+def test_layouts_fit_the_machines_they_are_for(layout, world_size, tmp_path):
+    overrides = [f"layout={layout}", f"pretrained_checkpoint.restore_from_path={tmp_path}"]
+    check(load_config([*overrides, "model.data.data_prefix.train=[train.jsonl]"]), world_size)
 
 
 def test_loss_presets_set_the_same_keys():
