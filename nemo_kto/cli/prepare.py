@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overlong",
         choices=("drop", "truncate", "error"),
-        help="with --seq-length, as model.data.overlong (default: drop); --out leaves out the rows that training drops, "
+        help="with --seq-length, as model.data.overlong (default: drop); --out omits the rows that training drops, "
         "and holds whole those that it truncates",
     )
     parser.add_argument(
