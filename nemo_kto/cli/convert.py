@@ -11,7 +11,9 @@ from pathlib import Path
 
 from nemo_kto.config.architecture import Architecture, read_architecture, stored_dtype
 from nemo_kto.config.layout import check_layout
+from nemo_kto.config.locate import hf_side, is_megatron_checkpoint
 from nemo_kto.errors import CheckpointError
+from nemo_kto.quiet import quiet
 
 EXAMPLE = """\
 examples:
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert; the configuration is checked before anything heavy is imported."""
+    quiet()
     if args.direction == "hf-to-megatron":
         return _hf_to_megatron(args)
     return _megatron_to_hf(args)
@@ -59,8 +62,8 @@ def _checked(args: argparse.Namespace, hf_dir: Path) -> Architecture:
 
 def _hf_to_megatron(args: argparse.Namespace) -> int:
     arch = _checked(args, args.input)
-    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
-        raise CheckpointError(f"{args.output} exists and is not an empty directory; choose another --output")
+    if args.output.exists():
+        raise CheckpointError(f"{args.output} exists: remove it or choose another --output")
     bf16 = stored_dtype(args.input) == "bfloat16" if args.precision is None else args.precision == "bf16"
 
     from nemo_kto import launch
@@ -80,9 +83,9 @@ def _hf_to_megatron(args: argparse.Namespace) -> int:
 
 
 def _megatron_to_hf(args: argparse.Namespace) -> int:
-    hf_dir = args.input / "hf"
-    if not hf_dir.is_dir():
-        raise CheckpointError(f"{args.input}: no hf/ in it, so it is not a Megatron checkpoint of nemo_kto")
+    if not is_megatron_checkpoint(args.input):
+        raise CheckpointError(f"{args.input} is not a Megatron checkpoint; give a directory that holds metadata.json")
+    hf_dir = hf_side(args.input)
     arch = _checked(args, hf_dir)
     name = args.dtype or stored_dtype(hf_dir) or "float32"
 

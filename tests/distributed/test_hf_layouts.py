@@ -18,6 +18,7 @@ LAYOUTS = {
     "tp2pp2": (2, 2, False),
     "tp2pp2sp": (2, 2, True),
     "pp4": (1, 4, False),
+    "dp4": (1, 1, False),
 }
 """(TP, PP, sequence parallelism) on 4 ranks; what is left is data parallel. 399 tokens do not divide by 2."""
 LENGTHS = ([24, 11], [40, 33])
@@ -106,6 +107,8 @@ def _everything(rank: int, root: Path) -> dict:
     results["refusal"] = _export_error(chunks, arch, groups, root / "bf16", root / "out")
     for layout in ("tp2", "tp2sp"):
         results["noise", layout] = _attention_noise(root / "bf16", layout)
+    for layout in ("dp4", "tp2", "tp2sp"):
+        results["gradients", layout] = _norm_gradients(root / "qwen3", layout)
     return results
 
 
@@ -120,6 +123,21 @@ def _export_error(chunks, arch, groups, folder: Path, out: Path) -> str:
     except CheckpointError as error:
         return str(error)
     return ""
+
+
+def _norm_gradients(folder: Path, layout: str) -> dict[str, torch.Tensor]:
+    """Gradients of the norms' weights, as Megatron's optimizer would see them, of the sum of squared hidden states."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+
+    from nemo_kto.gpt.build import unwrap
+
+    arch, _, chunks, _ = _build(folder, layout)
+    network = unwrap(chunks[0])
+    model = DistributedDataParallel(network.config, DistributedDataParallelConfig(), chunks[0])
+    model.zero_grad_buffer()
+    model(hf_models.batch(arch.vocab_size, LENGTHS[0])[0], None, None).square().sum().backward()
+    finalize_model_grads([model], None)
+    return {name: p.main_grad.clone() for name, p in network.named_parameters() if "norm" in name}
 
 
 def _attention_noise(folder: Path, layout: str) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -242,3 +260,15 @@ def test_attention_dropout_differs_over_tp_and_leaves_the_default_stream_alone(l
     assert (rank, rank_second) == (0, 1)
     assert not torch.equal(first, second)  # other heads, other noise
     assert torch.equal(after, after_second)  # residual dropout, from this stream, must agree over TP
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", ["tp2", "tp2sp"])
+def test_norms_get_the_whole_gradient(layout, results):
+    """Under sequence parallelism a rank's norm sees half the positions; a q or k norm always sees half the heads."""
+    expected = results[0]["gradients", "dp4"]
+    assert len(expected) == 4 * 4 + 1
+    for result in results:
+        for name, gradient in result["gradients", layout].items():
+            # fp32 sums over about 1500 products in another order: a few ulp; a half gradient would be off by 0.5
+            assert (gradient - expected[name]).norm() < 1e-5 * expected[name].norm(), name
