@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch.distributed as dist
@@ -91,7 +92,7 @@ def load(
     template = _sharded_state(chunks, optimizer, groups, is_loading=True)
     try:
         state = dist_checkpointing.load(template, str(path))
-    except (CheckpointingException, RuntimeError, KeyError, OSError, EOFError) as error:
+    except (CheckpointingException, UnpicklingError, RuntimeError, KeyError, OSError, EOFError) as error:
         reason = str(error).strip().splitlines()
         raise CheckpointError(
             f"{path} cannot be loaded into this model: {reason[0] if reason else error!r}"

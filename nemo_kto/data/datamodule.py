@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
@@ -144,6 +145,19 @@ def _worker_context() -> Any:
 
 def _start_worker(_: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    """End this worker when the training process has died, killed perhaps.
+
+    torch's workers watch the process that forked them. Here that is the fork server, which itself waits for the last
+    worker: without this thread they would keep each other alive for ever.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def warn_of_imbalance(summary: StoreSummary, kto: KTOConfig) -> None:

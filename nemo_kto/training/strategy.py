@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
@@ -81,9 +81,7 @@ class MegatronStrategy(DDPStrategy):
         """Write Lightning's loop state, and Megatron's weights and optimizer state, as one distributed checkpoint."""
         model = self._kto_model
         model.require_policy("saving a checkpoint")
-        common = {
-            key: _plain(value) for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")
-        }
+        common = {key: _plain(checkpoint[key]) for key in _LOOP_STATE}
         optimizer = self._megatron_optimizer.megatron
         dist_checkpoint.save(model.chunks, optimizer, common, model.hf_side, filepath, self.groups)
 
@@ -118,10 +116,16 @@ class MegatronStrategy(DDPStrategy):
         return optimizer
 
 
+_LOOP_STATE = ("epoch", "global_step", "pytorch-lightning_version", "loops", "callbacks", "consumed_samples")
+"""What of Lightning's checkpoint goes along; hyper-parameters do not: the run's config is the user's to give."""
+
+
 def _plain(value: Any) -> Any:
-    """Containers and numbers only: Megatron reads the common state back without unpickling objects."""
+    """Containers, numbers and strings only: Megatron reads them back without unpickling objects."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    if value is None or isinstance(value, (bool, int, float, str, torch.Tensor)):
+        return value
+    raise TypeError(f"checkpoint state holds a {type(value).__name__}, which cannot be read back safely")
