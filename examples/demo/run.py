@@ -22,13 +22,14 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Demo:
-    """One demo: its config group, where its files go, and how much is sampled."""
+    """One demo: its config group, where its files go, how much is sampled, and how far one could go on."""
 
     config: str
     out: Path
     assets: Path
     train_file: str
     continuations: int
+    further_steps: int
 
     @property
     def run_dir(self) -> Path:
@@ -110,17 +111,18 @@ def summarize(demo: Demo) -> None:
     print("\n== five continuations")
     for row in sentiment["rows"][:5]:
         print(f"\n{row['prompt']} ...\n  before: {one_line(row['before'])}\n  after:  {one_line(row['after'])}")
+    margin_se = f"(standard error {scores['margin_se']:.3f})"
+    vader_se = f"(standard errors {before['standard_error']:.3f} and {after['standard_error']:.3f})"
+    print("\n== before and after")
+    print(f"{'':42}  before   after")
+    print(f"{f'reward margin, {num_records} held-out records':42}   0.000  {scores['margin']:+.3f}  {margin_se}")
+    print(f"{'AUC of the log-ratio against the label':42}   0.500   {scores['auc']:.3f}")
+    what = f"VADER sentiment, {sentiment['count']} continuations"
+    print(f"{what:42}  {before['vader']:+.3f}  {after['vader']:+.3f}  {vader_se}")
     print(f"""
-== before and after
-                                              before   after
-reward margin, {num_records:4} held-out records         0.000  {scores["margin"]:+.3f}
-AUC of the log-ratio against the label         0.500   {scores["auc"]:.3f}
-VADER sentiment, {sentiment["count"]:3} continuations           {before["vader"]:+.3f}  {after["vader"]:+.3f}\
-  (standard error {before["standard_error"]:.3f}, {after["standard_error"]:.3f})
-
-curves           {demo.run_dir / "curves.png"}   (page: {demo.run_dir / "report.html"})
-exported model   {demo.exported}   (transformers.AutoModelForCausalLM.from_pretrained)
-go on training   {command_line()} train demo={demo.config} trainer.kto.max_steps=300
+curves           {demo.run_dir / "curves.png"} (page: {demo.run_dir / "report.html"})
+exported model   {demo.exported} (transformers.AutoModelForCausalLM.from_pretrained)
+go on training   {command_line()} train demo={demo.config} trainer.kto.max_steps={demo.further_steps}
 your own data    {command_line()} train pretrained_checkpoint.restore_from_path=MODEL \\
                      'model.data.data_prefix.train=[train.jsonl]'""")
 
@@ -153,6 +155,7 @@ def main() -> None:
         assets=home / "assets",
         train_file="train_flipped.jsonl" if options.flip else "train.jsonl",
         continuations=256 if options.name == "smollm2" else 64,
+        further_steps=300 if options.name == "smollm2" else 50,
     )
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     make_assets(demo)

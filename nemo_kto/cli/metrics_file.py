@@ -41,7 +41,7 @@ def read_run(path: Path) -> Run:
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file (training writes metrics.jsonl under exp_manager.explicit_log_dir)")
-    run = Run(name=path.resolve().parent.name if path.name == "metrics.jsonl" else path.stem)
+    run = Run(name="/".join(path.resolve().parts[-3:-1]) if path.name == "metrics.jsonl" else path.stem)
     newest = -1
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         if not line.strip():

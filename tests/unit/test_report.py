@@ -105,7 +105,7 @@ def test_compares_runs_of_unlike_length_and_keys(write, tmp_path):
     other = write(validation(2), name="other.jsonl")
     assert entry.main(["report", "--metrics", str(first), "--compare", str(other)]) == 0
     page = (tmp_path / "report.html").read_text()
-    assert tmp_path.name in page
+    assert f"<h2>{tmp_path.parent.name}/{tmp_path.name}</h2>" in page
     assert "<h2>other</h2>" in page
 
 
