@@ -126,7 +126,13 @@ def _start_processes(size: int, args: argparse.Namespace) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     launch = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=size, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=size,
+        run_id=f"nemo_kto_{os.getpid()}",  # torch makes one up otherwise, and warns that it did
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
     )
     own_yaml = ["--config-name", args.config_name, *(["--config-dir", args.config_dir] if args.config_dir else [])]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // size)))
@@ -141,7 +147,7 @@ def _train(config: Config, data: RunData, world: World) -> int:
     from nemo_kto import cpu_backend
     from nemo_kto.quiet import quiet_nemo
 
-    cpu_backend.install()
+    _check_accelerator(config.trainer.accelerator, on_cpu=cpu_backend.install())
     quiet_nemo()
     if world.rank == 0:
         _announce(config, data, world)
@@ -154,6 +160,14 @@ def _train(config: Config, data: RunData, world: World) -> int:
         print(f"next: nemo-kto convert megatron-to-hf --input {newest} --output HF_DIR")
     shutdown()
     return 0
+
+
+def _check_accelerator(accelerator: str, *, on_cpu: bool) -> None:
+    """Megatron runs on CUDA where there is CUDA; a config that asks for the other one cannot be obeyed."""
+    if accelerator == "gpu" and on_cpu:
+        raise ConfigError("trainer.accelerator=gpu, but torch sees no CUDA device: use auto, or check the driver")
+    if accelerator == "cpu" and not on_cpu:
+        raise ConfigError("trainer.accelerator=cpu, but torch sees CUDA devices: also set CUDA_VISIBLE_DEVICES=''")
 
 
 def _announce(config: Config, data: RunData, world: World) -> None:

@@ -142,9 +142,7 @@ class Passes:
 def _forward(chunk: nn.Module, rows: Rows) -> Tensor:
     """One pipeline stage over one micro-batch. Rows are padded on the right, so causal attention needs no mask."""
     positions = torch.arange(rows.tokens.size(1), device=rows.tokens.device).expand_as(rows.tokens)
-    # under Float16Module the last stage's output stays bf16; the head reduces in float32 by itself
-    keep_dtype = {"fp32_output": False} if unwrap(chunk).config.bf16 else {}
-    hidden: Tensor = chunk(rows.tokens, positions, None, **keep_dtype)
+    hidden: Tensor = chunk(rows.tokens, positions, None)
     return hidden
 
 
