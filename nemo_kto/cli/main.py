@@ -11,6 +11,7 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 import traceback
@@ -62,6 +63,22 @@ def _answer_without_verb(arguments: Sequence[str]) -> NoReturn:
     parser.error(f"no verb {unknown!r}; {advice}")
 
 
+def _log_to_stderr() -> None:
+    """Show what the library logs, once per job: as lines of ours, whatever other packages do to the root logger."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LowerLevel("%(levelname)s: %(message)s"))
+    logger = logging.getLogger("nemo_kto")
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+
+
+class _LowerLevel(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        record.levelname = record.levelname.lower()
+        return super().format(record)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code.
 
@@ -81,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     module.add_arguments(parser)
     options = parser.parse_args(arguments[1:])
+    _log_to_stderr()
     try:
         code: int = module.run(options)
     except KTOError as error:

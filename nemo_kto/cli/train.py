@@ -171,9 +171,15 @@ def _check_accelerator(accelerator: str, *, on_cpu: bool) -> None:
 
 
 def _announce(config: Config, data: RunData, world: World) -> None:
+    from nemo_kto.data.datamodule import warn_of_imbalance
+
     model = config.model
     tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     print(f"world {world.size} = TP {tp} x PP {pp} x DP {world.size // (tp * pp)} on {world.num_nodes} node(s)")
+    print(f"training data: {data.train_summary.describe()}")
+    if data.validation_summary is not None:
+        print(f"validation data: {data.validation_summary.describe()}")
     dropped = data.train_sampler.dropped_per_epoch
-    note = f", {dropped} left over in each" if dropped else ""
+    note = f", {dropped} rows left over in each" if dropped else ""
     print(f"{data.total_steps} steps of {model.global_batch_size} samples, {data.steps_per_epoch} per epoch{note}")
+    warn_of_imbalance(data.train_summary, model.kto)

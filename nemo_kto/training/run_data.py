@@ -26,11 +26,15 @@ class RunData:
         total_steps: optimizer steps of the run: the smaller of ``max_steps`` and ``max_epochs`` gives.
         val_interval: optimizer steps between validations.
         validation_counts: rows by class of the whole validation set, without pairs and tokens.
+        train_summary: what the training data holds and what was left out of it.
+        validation_summary: the same of the validation data, or None.
     """
 
     def __init__(self, config: Config, train: TokenStore, validation: TokenStore | None) -> None:
         loop, model = config.trainer.kto, config.model
         self._config, self._train_store, self._validation_store = config, train, validation
+        self.train_summary = train.summary
+        self.validation_summary = None if validation is None else validation.summary
         self.train_sampler = GlobalBatchSampler(
             len(train),
             model.global_batch_size,
