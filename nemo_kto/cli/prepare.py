@@ -60,8 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check, measure, print, and write what was asked for."""
     _check(args)
-    for _ in iter_records(args.data):  # bad records are reported before anything heavy is imported
-        pass
     from tempfile import TemporaryDirectory
 
     from nemo_kto.data.survey import survey

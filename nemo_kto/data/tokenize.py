@@ -123,6 +123,8 @@ def _num_workers(files: Sequence[str], asked: int | None) -> int:
 
 
 def _write(out: Path, files: Sequence[str], work: _Work) -> None:
+    for _ in iter_records(files):
+        pass  # a bad last line is worth knowing before the tokenizer is loaded and hours of tokens are made
     problems = Problems("the data cannot be tokenised; problems")
     num_rows = num_records = 0
     with StoreWriter(out) as writer:

@@ -11,6 +11,7 @@ import numpy as np
 
 from nemo_kto.config.schema import DataConfig, DataFilesConfig
 from nemo_kto.data.store import RowChunk, StoreWriter, TokenStore
+from nemo_kto.data.tokenize import build_store
 
 
 def data_config(cache_dir: Path, **changes: Any) -> DataConfig:
@@ -62,6 +63,19 @@ def char_tokenizer(
     fast.chat_template = template
     fast.save_pretrained(out)
     return out
+
+
+def codes(text: str) -> list[int]:
+    return [ord(c) for c in text]
+
+
+def store_of(tmp_path: Path, records: list[dict], tokenizer: Path, **changes) -> TokenStore:
+    data = write_jsonl(tmp_path / "data.jsonl", records)
+    return build_store([data], tokenizer, data_config(tmp_path / "cache", **changes))
+
+
+def rows(store: TokenStore) -> list[tuple[list[int], list[int]]]:
+    return [(store.prompt(i).tolist(), store.response(i).tolist()) for i in range(len(store))]
 
 
 def make_store(

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
+import textwrap
+import time
 from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +85,42 @@ def test_workers_change_nothing(store, sampler):
     assert [contents(s) for s in alone] == [contents(s) for s in two] == whole[2:]
     assert [contents(s) for s in two] == whole, "persistent workers, second iteration"
     two._iterator._shutdown_workers()
+
+
+ORPHANS = """
+    import sys, time
+    from data_kit import make_store, random_rows
+    from pathlib import Path
+    from nemo_kto.data.collate import BatchLayout
+    from nemo_kto.data.datamodule import train_loader
+    from nemo_kto.data.sampler import GlobalBatchSampler
+    if __name__ == "__main__":
+        store = make_store(Path(sys.argv[1]), random_rows(27))
+        layout = BatchLayout(0, 1, 2, 0, 32, 1, True)
+        sampler = GlobalBatchSampler(27, 8, seed=3, shuffle=True)
+        loader = train_loader(store, sampler, layout, total_steps=9, num_workers=2)
+        steps = iter(loader)
+        next(steps)
+        print(*[worker.pid for worker in loader._iterator._workers], flush=True)
+        time.sleep(600)
+"""
+
+
+def test_workers_die_with_a_killed_training(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(textwrap.dedent(ORPHANS))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, str(script), str(tmp_path / "store")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as training:
+        assert training.stdout is not None
+        workers = [Path("/proc", pid) for pid in training.stdout.readline().split()]
+        assert len(workers) == 2
+        assert all(worker.exists() for worker in workers)
+        training.kill()
+    deadline = time.monotonic() + 30
+    while any(worker.exists() for worker in workers):
+        assert time.monotonic() < deadline, "orphaned workers"
+        time.sleep(0.05)
 
 
 def test_validation_loader(store):
