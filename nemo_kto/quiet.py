@@ -29,10 +29,7 @@ def quiet() -> None:
     Environment variables are set only where the user left them unset.
     """
     warnings.filterwarnings("ignore")
-    for name in _NOISY_LOGGERS:
-        logger = logging.getLogger(name)
-        logger.setLevel(logging.ERROR)
-        logger.addFilter(_only_errors)
+    _raise_levels()
     for key, value in {
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
@@ -44,10 +41,21 @@ def quiet() -> None:
 
 
 def quiet_nemo() -> None:
-    """Lower NeMo's own logger to errors; it exists only once NeMo is imported."""
+    """Lower NeMo's own logger to errors; it exists only once NeMo is imported.
+
+    Importing NeMo imports Lightning, which sets the levels of its loggers anew: they are lowered again.
+    """
     from nemo.utils import logging as nemo_logging
 
     nemo_logging.setLevel(nemo_logging.ERROR)
+    _raise_levels()
+
+
+def _raise_levels() -> None:
+    for name in _NOISY_LOGGERS:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.ERROR)
+        logger.addFilter(_only_errors)
 
 
 def _only_errors(record: logging.LogRecord) -> bool:
