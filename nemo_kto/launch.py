@@ -7,7 +7,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
 
 from nemo_kto import cpu_backend
 from nemo_kto.config.world import world_from_environment
@@ -68,6 +67,7 @@ def _join(rank: int, size: int, backend: str) -> None:
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT)
     elif size == 1:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
     else:
         raise ConfigError(f"{size} processes but no MASTER_ADDR: start them with torchrun, or set it and MASTER_PORT")
