@@ -1,1 +1,8 @@
-"""The NeMo model, its Lightning strategy, optimizer, metrics and trainer."""
+"""The NeMo model, its Lightning strategy, optimizer, metrics and trainer.
+
+Importing any room of it prepares a machine without CUDA first, because Megatron must not be imported before that.
+"""
+
+from nemo_kto.cpu_backend import install
+
+install()
