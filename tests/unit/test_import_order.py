@@ -1,4 +1,4 @@
-"""Megatron's constants are rewritten as it is imported (nemo_kto/cpu_backend.py): that must be set up before, always."""
+"""Megatron's constants are rewritten as it is imported (nemo_kto/cpu_backend.py): that must be set up before."""
 
 from __future__ import annotations
 
