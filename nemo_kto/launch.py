@@ -60,6 +60,7 @@ def seed_megatron(seed: int) -> None:
 def shutdown() -> None:
     """Leave the job: the counterpart of :func:`start`."""
     if dist.is_initialized():
+        groups.destroy()
         dist.destroy_process_group()
 
 

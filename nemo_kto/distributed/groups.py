@@ -71,6 +71,14 @@ def initialize(
     return current(device)
 
 
+def destroy() -> None:
+    """Forget Megatron's groups, before the default process group that they are part of goes."""
+    from megatron.core import parallel_state as ps
+
+    if ps.model_parallel_is_initialized():
+        ps.destroy_model_parallel()
+
+
 def current(device: torch.device) -> ParallelGroups:
     """This rank's groups as Megatron holds them now."""
     from megatron.core import parallel_state as ps
