@@ -131,7 +131,8 @@ def _parameters_settled(chunks: Sequence[nn.Module]) -> Iterator[None]:
 def _signals_held() -> Iterator[None]:
     """Keep termination signals until the block ends: a handler that saves must not find the wrong weights.
 
-    Only the main thread can set handlers; in any other there is nothing to hold.
+    Only the main thread can set handlers; in any other there is nothing to hold. Handlers that C code installed
+    cannot be put back by Python: they stay.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -143,7 +144,8 @@ def _signals_held() -> Iterator[None]:
         held.append(number)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        previous[number] = signal.signal(number, hold)
+        if signal.getsignal(number) is not None:
+            previous[number] = signal.signal(number, hold)
     try:
         yield
     finally:

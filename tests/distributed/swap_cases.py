@@ -1,0 +1,257 @@
+"""What the ranks of test_swap.py do: one function per rule of the swap, which returns what it found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import training_kit as kit
+from training_kit import Setup
+
+ONE = {
+    "fp32": Setup(),
+    "fp32 sharded": Setup(optimizer="distributed_fused_adam"),
+    "bf16": Setup(bf16=True),
+    "bf16 sharded": Setup(optimizer="distributed_fused_adam", bf16=True),
+}
+TWO = {
+    "dp2 fp32 sharded": Setup(optimizer="distributed_fused_adam"),
+    "dp2 bf16 sharded": Setup(optimizer="distributed_fused_adam", bf16=True),
+    "tp2": Setup(tp=2),
+    "tp2 bf16": Setup(tp=2, bf16=True, optimizer="distributed_fused_adam"),
+    "pp2 tied": Setup(pp=2),
+    "pp2 tied bf16": Setup(pp=2, bf16=True, optimizer="distributed_fused_adam"),
+}
+DROPOUT = 0.2
+
+
+class ScoringError(Exception):
+    pass
+
+
+def _run(root: Path, setup: Setup) -> kit.Run:
+    kind = "tied" if setup.pp > 1 else "plain"
+    return kit.Run(setup, root / f"{kind}-policy", root / f"{kind}-reference")
+
+
+def _pointers(run: kit.Run) -> list[int]:
+    """Addresses of the parameters and of the buffers of Megatron's wrapper."""
+    buffers = [buffer for chunk in run.chunks for buffer in chunk.buffers]
+    flat = [t for b in buffers for t in (b.param_data, b.grad_data) if t is not None]
+    return [t.data_ptr() for t in [p for chunk in run.chunks for p in chunk.parameters()] + flat]
+
+
+def _restored(root: Path, setup: Setup) -> dict[str, object]:
+    """Train two steps, swap with and without an error, and compare everything with what it was."""
+    run = _run(root, setup)
+    reference = kit.Run(setup, root / f"{'tied' if setup.pp > 1 else 'plain'}-reference").weights()
+    run.train(2)
+    policy, state, where = run.weights(), run.optimizer_state(), _pointers(run)
+    with run.swap.swapped():
+        inside, inside_where = run.weights(), _pointers(run)
+    found = {
+        "inside is reference": kit.same(inside, reference),
+        "policy differs": all(not torch.equal(inside[name], policy[name]) for name in policy),
+        "back": kit.same(run.weights(), policy),
+        "optimizer untouched": kit.same(run.optimizer_state(), state),
+        "in place": inside_where == where == _pointers(run),
+    }
+
+    def fails(*_: object) -> None:
+        raise ScoringError
+
+    run.passes.score = fails
+    with pytest.raises(ScoringError):
+        run.reference.score(kit.batch(0, run.groups))
+    found["back after an error"] = kit.same(run.weights(), policy) and not run.swap.active
+    found["optimizer untouched by it"] = kit.same(run.optimizer_state(), state)
+    found["vocabulary"] = [n.split(".")[-2] for n in policy if "word_embeddings" in n or "output_layer" in n]
+    return found
+
+
+def _modes(rank: int, root: Path) -> dict[str, object]:
+    """Half of the modules in eval mode before; what scoring sees and leaves behind."""
+    run = _run(root, Setup(dropout=DROPOUT))
+    run.train(1)
+    modules = [module for chunk in run.chunks for module in chunk.modules()]
+    for module in modules[::2]:
+        module.training = False
+    before = [module.training for module in modules]
+    grads = [buffer.grad_data.clone() for chunk in run.chunks for buffer in chunk.buffers]
+    seen: list[tuple[bool, bool, bool]] = []
+    original = run.passes._sequence_logps
+
+    def spy(hidden: torch.Tensor, *rest: object) -> torch.Tensor:
+        logps = original(hidden, *rest)
+        seen.append((torch.is_grad_enabled(), any(m.training for m in modules), logps.requires_grad))
+        return logps
+
+    run.passes._sequence_logps = spy
+    scored = run.reference.score(kit.batch(0, run.groups))
+    return {
+        "passes": len(seen),
+        "quiet": set(seen) == {(False, False, False)},
+        "modes kept": before == [module.training for module in modules],
+        "grad enabled after": torch.is_grad_enabled(),
+        "gradients kept": kit.same(grads, [b.grad_data for chunk in run.chunks for b in chunk.buffers]),
+        "free of graph": not any(b.ref_logps.requires_grad or b.ref_kl_logps.requires_grad for b in scored),
+    }
+
+
+class Recorded:
+    """Remembers what a reference scored, or repeats it without scoring."""
+
+    def __init__(self, source=None, memory=None) -> None:
+        self.source, self.memory, self.next = source, memory or [], 0
+
+    def score(self, step):
+        if self.source is not None:
+            self.memory.append(self.source.score(step))
+            return self.memory[-1]
+        self.next += 1
+        return self.memory[self.next - 1]
+
+
+def _with_reference(run: kit.Run, reference: Recorded) -> kit.Run:
+    object.__setattr__(run.step, "reference", reference)
+    return run
+
+
+def _streams() -> list[torch.Tensor]:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    states = get_cuda_rng_tracker().get_states()
+    return [torch.get_rng_state(), *(states[name].clone() for name in sorted(states))]
+
+
+def _random(root: Path, setup: Setup) -> dict[str, object]:
+    """A run that scores and one that does not must draw the same dropout, through all streams."""
+    scoring = _run(root, setup)
+    before = _streams()
+    memory = Recorded(scoring.reference)
+    scoring.reference.score(kit.batch(0, scoring.groups))
+    unmoved = kit.same(before, _streams())
+    first = _with_reference(scoring, memory).train(4)
+    silent = _with_reference(_run(root, setup), Recorded(memory=memory.memory))
+    second = silent.train(4)
+    undropped = _run(root, Setup(tp=setup.tp)).train(1)
+    return {
+        "streams unmoved": unmoved,
+        "trajectory": first == second and kit.same(scoring.weights(), silent.weights()),
+        "dropout was on": first[0]["loss"] != undropped[0]["loss"],
+    }
+
+
+def _hooks(run: kit.Run) -> list[int]:
+    """Number of Megatron's parameter-gathering hooks per chunk."""
+    return [len(chunk.remove_forward_pre_hook_handles) for chunk in run.chunks]
+
+
+def _overlap(root: Path, bf16: bool) -> dict[str, object]:
+    """Parameter gathers that overlap the forward pass, against none."""
+    plain = _run(root, Setup(optimizer="distributed_fused_adam", bf16=bf16))
+    expected = plain.train(5)
+    run = _run(root, Setup(optimizer="distributed_fused_adam", bf16=bf16, overlap=True))
+    hooks = _hooks(run)
+    found = run.train(5)
+    with run.swap.swapped():  # right after an optimizer step: its gathers have not been waited for
+        during = _hooks(run)
+        captured = run.swap._policy.digest()
+    with plain.swap.swapped():
+        expected_captured = plain.swap._policy.digest()
+    return {
+        "trajectory": found == expected,
+        "captured": captured == expected_captured,
+        "weights": kit.same(run.weights(), plain.weights()),
+        "hooks": {"before": min(hooks) > 0, "during": during, "restored": hooks == _hooks(run)},
+    }
+
+
+def _refusals(rank: int, root: Path) -> list[str]:
+    run = _run(root, Setup())
+    run.train(1)
+    policy, messages = run.weights(), []
+    with run.swap.swapped():
+        for action in ("an optimizer step", "saving a checkpoint", "an export"):
+            with pytest.raises(RuntimeError) as refused:
+                run.swap.require_policy(action)
+            messages.append(str(refused.value))
+        with pytest.raises(RuntimeError) as refused, run.swap.swapped():
+            raise AssertionError("a swap inside a swap")
+        messages.append(str(refused.value))
+    assert kit.same(run.weights(), policy)
+    run.swap.require_policy("an optimizer step")
+    return messages
+
+
+def _drift(root: Path, setup: Setup) -> dict[str, object]:
+    """Twenty steps at a rate that moves the policy far; the reference must stand still."""
+    run = _run(root, setup)
+    fixed = kit.batch(99, run.groups)
+
+    def reference_scores() -> list[torch.Tensor]:
+        return [t for b in run.reference.score(fixed) for t in (b.ref_logps, b.ref_kl_logps) if t is not None]
+
+    def policy_scores() -> list[torch.Tensor]:
+        return run.passes.score([b.samples for b in fixed], kit.MICRO_BATCH)
+
+    digest, scores, policy = run.swap.reference.digest(), reference_scores(), policy_scores()
+    run.train(20)
+    moved = [(a - b).abs().min().item() for a, b in zip(policy, policy_scores(), strict=True)]
+    return {
+        "digest": digest == run.swap.reference.digest(),
+        "scores": kit.same(scores, reference_scores()),
+        "policy moved": min(moved, default=1.0),
+    }
+
+
+def _counting(rank: int, root: Path) -> dict[str, object]:
+    run = _run(root, Setup(bf16=True))
+    size = sum(p.numel() * p.element_size() for chunk in run.chunks for p in chunk.parameters())
+    before = run.swap.bytes_moved
+    run.reference.score(kit.batch(0, run.groups))
+    once = run.swap.bytes_moved
+    run.train(2)
+    return {"P": size, "moved": [before, once, run.swap.bytes_moved], "one copy": run.swap.reference.num_bytes}
+
+
+def _on_cpu(rank: int, root: Path) -> dict[str, bool]:
+    """Without CUDA nothing is pinned and no stream is made."""
+    from nemo_kto.reference.host_weights import HostWeights
+
+    weights = HostWeights([torch.nn.Linear(3, 3)])
+    return {"stream": weights._stream is not None, "pinned": any(t.is_pinned() for t in weights._host)}
+
+
+def one_rank(rank: int, root: Path) -> dict[str, object]:
+    restored = {name: (lambda _rank, r, setup=setup: _restored(r, setup)) for name, setup in ONE.items()}
+    return kit.each(
+        {
+            **restored,
+            "modes": _modes,
+            "random": lambda _, r: _random(r, Setup(dropout=DROPOUT)),
+            "refusals": _refusals,
+            "drift fp32": lambda _, r: _drift(r, ONE["fp32"]),
+            "drift bf16 sharded": lambda _, r: _drift(r, ONE["bf16 sharded"]),
+            "counting": _counting,
+            "on cpu": _on_cpu,
+        },
+        rank,
+        root,
+    )
+
+
+def two_ranks(rank: int, root: Path) -> dict[str, object]:
+    restored = {name: (lambda _rank, r, setup=setup: _restored(r, setup)) for name, setup in TWO.items()}
+    return kit.each(
+        {
+            **restored,
+            "random tp2": lambda _, r: _random(r, Setup(tp=2, dropout=DROPOUT)),
+            "overlap fp32": lambda _, r: _overlap(r, bf16=False),
+            "overlap bf16": lambda _, r: _overlap(r, bf16=True),
+            "drift pp2": lambda _, r: _drift(r, TWO["pp2 tied"]),
+        },
+        rank,
+        root,
+    )

@@ -1,0 +1,125 @@
+"""The swap on CUDA: pinned host memory, a stream of its own, and its order with what runs on the current stream."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+SLEEP_CYCLES = 200_000_000
+"""About 0.1 s of a busy GPU: long against the microseconds it takes to queue a copy."""
+
+
+def _layers(dtype: torch.dtype) -> torch.nn.Module:
+    """64 MiB or 128 MiB of random weights: copies that take milliseconds."""
+    return torch.nn.Sequential(*[torch.nn.Linear(4096, 4096, bias=False) for _ in range(2)]).to("cuda", dtype)
+
+
+def _copy(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def _equal(module: torch.nn.Module, tensors: list[torch.Tensor]) -> bool:
+    return all(torch.equal(p, t) for p, t in zip(module.parameters(), tensors, strict=True))
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def swap(request):
+    """A module, its first weights, and a swap whose reference they are."""
+    from nemo_kto.reference.host_weights import HostWeights
+    from nemo_kto.reference.swap import WeightSwap
+
+    module = _layers(request.param)
+    return module, _copy(module), WeightSwap([module], HostWeights([module]))
+
+
+def _change(module: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(1.0)
+
+
+def test_host_copies_are_pinned_and_use_a_stream_of_their_own(swap):
+    _, _, weights = swap
+    assert all(tensor.is_pinned() for tensor in weights.reference._host)
+    assert weights.reference._stream not in (None, torch.cuda.current_stream(), torch.cuda.default_stream())
+
+
+def test_both_policies_are_bit_for_bit_and_in_place(swap):
+    module, reference, weights = swap
+    _change(module)
+    policy, pointers = _copy(module), [p.data_ptr() for p in module.parameters()]
+    for _ in range(3):
+        with weights.swapped():
+            assert _equal(module, reference)
+        assert _equal(module, policy)
+    assert pointers == [p.data_ptr() for p in module.parameters()]
+    assert weights.bytes_moved == 9 * sum(p.nbytes for p in module.parameters())
+
+
+def test_the_policy_is_saved_after_the_update_that_is_still_queued(swap):
+    module, reference, weights = swap
+    torch.cuda._sleep(SLEEP_CYCLES)
+    _change(module)  # queued behind the sleep
+    with weights.swapped():
+        pass
+    assert _equal(module, [t + 1.0 for t in reference])
+
+
+def test_work_queued_after_the_swap_sees_the_reference(swap):
+    module, reference, weights = swap
+    _change(module)
+    with weights.swapped():
+        inside = _copy(module)  # queued at once, on the current stream
+    assert all(torch.equal(a, b) for a, b in zip(inside, reference, strict=True))
+
+
+def test_scoring_that_is_still_queued_reads_the_reference(swap):
+    """The policy must not come back under a kernel that has not run yet."""
+    module, reference, weights = swap
+    _change(module)
+    with weights.swapped():
+        torch.cuda._sleep(SLEEP_CYCLES)
+        inside = _copy(module)
+    assert all(torch.equal(a, b) for a, b in zip(inside, reference, strict=True))
+
+
+def test_another_current_stream(swap):
+    module, reference, weights = swap
+    with torch.cuda.stream(torch.cuda.Stream()):
+        _change(module)
+        policy = _copy(module)
+        with weights.swapped():
+            inside = _copy(module)
+        outside = _copy(module)
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(inside, reference, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(outside, policy, strict=True))
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_megatron_run(bf16, tmp_path):
+    """Wrapper, sharded optimizer and steps on one GPU over NCCL: the policy comes back, the reference stays."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "distributed"))
+    import training_kit as kit
+
+    from nemo_kto import launch
+
+    policy = tiny.make_model(tmp_path / "policy", **kit.SIZES)
+    reference = tiny.make_model(tmp_path / "reference", seed=1, **kit.SIZES)
+    try:
+        run = kit.Run(kit.Setup(optimizer="distributed_fused_adam", bf16=bf16), policy, reference)
+        digest = run.swap.reference.digest()
+        run.train(3)
+        before, state = run.weights(), run.optimizer_state()
+        run.reference.score(kit.batch(9, run.groups))
+        assert kit.same(run.weights(), before)
+        assert kit.same(run.optimizer_state(), state)
+        assert run.swap.reference.digest() == digest
+    finally:
+        launch.shutdown()
