@@ -37,6 +37,15 @@ class Demo:
         return self.out / "run"
 
     @property
+    def overrides(self) -> list[str]:
+        """What ``nemo-kto train`` needs to know."""
+        group = f"demo={self.config}"
+        if self.out == self.assets.parent:
+            return [group]
+        train_file = self.assets / self.train_file
+        return [group, f"exp_manager.explicit_log_dir={self.run_dir}", f"model.data.data_prefix.train=[{train_file}]"]
+
+    @property
     def exported(self) -> Path:
         """The trained model as a Hugging Face directory."""
         return self.out / "model"
@@ -71,13 +80,7 @@ def train(demo: Demo) -> None:
     """Train from the start, also where an earlier demo left a run that could be resumed."""
     for stale in (demo.run_dir, demo.exported):
         shutil.rmtree(stale, ignore_errors=True)
-    overrides = [f"demo={demo.config}"]
-    if demo.out != demo.assets.parent:
-        overrides += [
-            f"exp_manager.explicit_log_dir={demo.run_dir}",
-            f"model.data.data_prefix.train=[{demo.assets / demo.train_file}]",
-        ]
-    step("train", command_line(), "train", *overrides)
+    step("train", command_line(), "train", *demo.overrides)
 
 
 def measure(demo: Demo) -> None:
@@ -122,7 +125,7 @@ def summarize(demo: Demo) -> None:
     print(f"""
 curves           {demo.run_dir / "curves.png"} (page: {demo.run_dir / "report.html"})
 exported model   {demo.exported} (transformers.AutoModelForCausalLM.from_pretrained)
-go on training   {command_line()} train demo={demo.config} trainer.kto.max_steps={demo.further_steps}
+go on training   {command_line()} train {shlex.join(demo.overrides)} trainer.kto.max_steps={demo.further_steps}
 your own data    {command_line()} train pretrained_checkpoint.restore_from_path=MODEL \\
                      'model.data.data_prefix.train=[train.jsonl]'""")
 
