@@ -90,7 +90,8 @@ class MegatronStrategy(DDPStrategy):
         optimizer = self._megatron_optimizer.megatron
         prime_state(optimizer)
         common = dist_checkpoint.load(self._kto_model.chunks, optimizer, checkpoint_path, self.groups)
-        return {**common, "state_dict": {}, "optimizer_states": []}
+        _resume_after(common["global_step"], common["loops"]["fit_loop"])
+        return {**common, "epoch": 0, "state_dict": {}, "optimizer_states": [], "lr_schedulers": []}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Nothing: :meth:`load_checkpoint` has filled the live parameters."""
@@ -118,6 +119,21 @@ class MegatronStrategy(DDPStrategy):
 
 _LOOP_STATE = ("epoch", "global_step", "pytorch-lightning_version", "loops", "callbacks", "consumed_samples")
 """What of Lightning's checkpoint goes along; hyper-parameters do not: the run's config is the user's to give."""
+
+
+def _resume_after(step: int, fit_loop: dict[str, Any]) -> None:
+    """Put Lightning's counters where ``step`` completed steps leave them, in the run's one epoch.
+
+    As saved they depend on the hook that saved: a checkpoint written after a batch counts that batch as unfinished, so
+    that validations would come a step late, and one written at the end of a run marks the epoch as over, so that a run
+    given more steps would end at once.
+    """
+    batches = fit_loop["epoch_loop.batch_progress"]
+    for counters in (batches["current"], batches["total"]):
+        counters.update(dict.fromkeys(counters, step))
+    batches["is_last_batch"] = False
+    for counters in (fit_loop["epoch_progress"]["current"], fit_loop["epoch_progress"]["total"]):
+        counters.update(dict.fromkeys(counters, 0))
 
 
 def _plain(value: Any) -> Any:

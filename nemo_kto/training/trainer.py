@@ -1,4 +1,4 @@
-"""Builds the Lightning trainer from config, with NeMo's exp_manager for loggers, and runs it. Parses nothing."""
+"""Builds the Lightning trainer and its loggers from config, and runs it. Parses nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Timer
-from nemo.utils.exp_manager import exp_manager
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from nemo.utils.exp_manager import configure_no_restart_validation_training_loop
 
 from nemo_kto.config.load import to_yaml
 from nemo_kto.config.schema import Config, ExpManagerConfig
@@ -78,7 +79,7 @@ def build_trainer(config: Config, data: RunData, world: World) -> pl.Trainer:
         devices=world.local_size,
         num_nodes=world.num_nodes,
         precision="32-true",  # Megatron's own wrapper holds the bf16 weights
-        logger=False,
+        logger=_loggers(exp),
         callbacks=callbacks,
         enable_checkpointing=exp.create_checkpoint_callback,
         enable_model_summary=False,
@@ -91,25 +92,23 @@ def build_trainer(config: Config, data: RunData, world: World) -> pl.Trainer:
         check_val_every_n_epoch=None,
         log_every_n_steps=1,
     )
-    exp_manager(trainer, _logger_config(exp))
+    # else Lightning repeats, in part, the validation that belongs to the step it resumes from
+    configure_no_restart_validation_training_loop(trainer)
     return trainer
 
 
-def _logger_config(exp: ExpManagerConfig) -> dict[str, Any]:
-    """exp_manager sets up directory and loggers; checkpoints and resuming are ours (NeMo's move earlier logs away)."""
-    return {
-        "explicit_log_dir": exp.explicit_log_dir,
-        "name": exp.name,
-        "create_tensorboard_logger": exp.create_tensorboard_logger,
-        "create_wandb_logger": exp.create_wandb_logger,
-        "wandb_logger_kwargs": exp.wandb_logger_kwargs,
-        "create_checkpoint_callback": False,
-        "create_preemption_callback": False,
-        "resume_if_exists": False,
-        "log_step_timing": False,
-        "log_tflops_per_sec_per_gpu": False,
-        "seconds_to_sleep": 0,
-    }
+def _loggers(exp: ExpManagerConfig) -> list[Logger]:
+    """Lightning's own loggers.
+
+    NeMo's exp_manager would build the same ones, but at every start it moves the files of the run before,
+    metrics.jsonl among them, into a folder of their own, so that a resumed run has no curve.
+    """
+    loggers: list[Logger] = []
+    if exp.create_tensorboard_logger:
+        loggers.append(TensorBoardLogger(exp.explicit_log_dir, name="", version=""))
+    if exp.create_wandb_logger:
+        loggers.append(WandbLogger(save_dir=exp.explicit_log_dir, **exp.wandb_logger_kwargs))
+    return loggers
 
 
 def _resume_path(exp: ExpManagerConfig, log_dir: Path) -> Path | None:
