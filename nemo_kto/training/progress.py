@@ -18,6 +18,11 @@ def progress_callback() -> ProgressBar:
 class KTOProgressBar(TQDMProgressBar):
     """Lightning's bar with loss, kl and margin, without its version counter."""
 
+    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Lightning's one epoch is the whole run, so its number says nothing."""
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description("training")
+
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Loss, kl (nats) and reward margin of the last step."""
         metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
