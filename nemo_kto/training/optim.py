@@ -14,7 +14,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
 
 from nemo_kto.config.schema import OptimConfig
@@ -68,7 +68,7 @@ def build_optimizer(
     )
     optimizer = get_megatron_optimizer(config, list(chunks), get_standard_config_overrides(config))
     for part in _parts(optimizer):
-        _tune_torch_adam(part)
+        _mend(part)
     _connect_schedule(chunks, optimizer, optim)
     return optimizer
 
@@ -104,15 +104,15 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
-def _tune_torch_adam(part: MegatronOptimizer) -> None:
-    """Where neither Transformer Engine nor Apex is there, Megatron falls back to torch's AdamW."""
+def _mend(part: MegatronOptimizer) -> None:
+    """Where neither Transformer Engine nor Apex is there, Megatron falls back to torch's AdamW: make it fused."""
     inner = part.optimizer
     if isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)):
         inner.defaults["fused"] = True
         for group in inner.param_groups:
             group["fused"], group["foreach"] = True, False
-    if isinstance(part, DistributedOptimizer) and not HAVE_APEX_OR_TE:
-        part.__class__ = TorchAdamDistributedOptimizer
+    if isinstance(part, DistributedOptimizer):
+        part.__class__ = MendedDistributedOptimizer
 
 
 def _connect_schedule(chunks: Sequence[nn.Module], optimizer: MegatronOptimizer, optim: OptimConfig) -> None:
@@ -126,12 +126,26 @@ def _connect_schedule(chunks: Sequence[nn.Module], optimizer: MegatronOptimizer,
         config.param_sync_func = [c.start_param_sync for c in chunks]
 
 
-class TorchAdamDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
-    """Megatron 0.16's distributed optimizer, mended for torch's Adam. Its checkpoints are wrong without this.
+class MendedDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
+    """Megatron 0.16's distributed optimizer with its checkpoints mended. They are silently wrong without this.
 
-    Upstream iterates over ``step`` where loaders have dropped it, copies into leaf views without ``no_grad``, and
-    gives all parameters one shared ``step`` tensor, which Adam then advances once per parameter: silently wrong.
+    Upstream cuts parameters out of a gathered buffer at offsets that count the padding between buckets, after it has
+    squeezed that padding out: with several buckets (tied embeddings in a pipeline, overlapped reduction) masters and
+    moments after the first padding are shifted, and the last ones cut off.
+
+    With torch's Adam it also iterates over ``step`` where loaders have dropped it, copies into leaf views without
+    ``no_grad``, and gives all parameters one shared ``step`` tensor, which Adam then advances once per parameter.
     """
+
+    def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> dict[Any, Any] | None:
+        """Masters and moments, gathered, at the offsets of ``param_index_map``."""
+        gathered: dict[Any, Any] | None = super().get_parameter_state_dp_zero(*args, **kwargs)
+        for number, buffer in enumerate(self.buffers if gathered is not None else ()):
+            for columns in gathered[number].values():
+                for name, squeezed in columns.items():
+                    if isinstance(squeezed, torch.Tensor):
+                        columns[name] = _with_padding(squeezed, buffer)
+        return gathered
 
     def _set_main_param_and_optimizer_states(self, model_param: nn.Parameter, tensors: dict[str, Any]) -> None:
         group, order = self.model_param_group_index_map[model_param]
@@ -146,6 +160,17 @@ class TorchAdamDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         for state in self.optimizer.state.values():
             if "step" in state:
                 state["step"] = state["step"].clone()
+
+
+def _with_padding(squeezed: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """Elements of all buckets one after the other -> the same with the padding at each bucket's end."""
+    padded = squeezed.new_zeros(buffer.numel)
+    offset = 0
+    for (start, _), bucket in zip(buffer.bucket_indices, buffer.buckets, strict=True):
+        size = bucket.numel_unpadded
+        padded[start : start + size] = squeezed[offset : offset + size]
+        offset += size
+    return padded
 
 
 class LightningMegatronOptimizer(torch.optim.Optimizer):
