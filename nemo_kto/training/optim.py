@@ -69,6 +69,8 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(config, list(chunks), get_standard_config_overrides(config))
     for part in _parts(optimizer):
         _mend(part)
+        if part.init_state_fn is None:  # of SGD; Megatron 0.16 calls it before every load all the same
+            part.init_state_fn = _nothing_to_prepare
     _connect_schedule(chunks, optimizer, optim)
     return optimizer
 
@@ -98,6 +100,10 @@ def prime_state(optimizer: MegatronOptimizer) -> None:
         inner.zero_grad(set_to_none=True)
         for group, (rate, decay) in zip(inner.param_groups, saved, strict=True):
             group["lr"], group["weight_decay"] = rate, decay
+
+
+def _nothing_to_prepare(inner: torch.optim.Optimizer, config: OptimizerConfig | None = None) -> None:
+    """Before a load; :func:`prime_state` has done it."""
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
