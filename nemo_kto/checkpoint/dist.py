@@ -9,14 +9,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_kto.checkpoint.hf_export import copy_companions
 from nemo_kto.config.locate import HF_SUBDIR, is_megatron_checkpoint
@@ -27,6 +26,8 @@ from nemo_kto.gpt.build import unwrap
 
 _PREFIX = "model."  # NeMo 1.x's prefix of Megatron GPT weights
 _COMMON = "common"
+_T = TypeVar("_T")
+_MAX_REASON = 300  # characters; a missing key comes with the list of all others
 
 
 def save_model(
@@ -70,8 +71,7 @@ def save(
     partial = target.with_name(f"{target.name}.partial")
     _on_first_rank(lambda: _make_empty(target, partial))
     state = {**_sharded_state(chunks, optimizer, groups, is_loading=False), _COMMON: dict(common)}
-    dist_checkpointing.save(state, str(partial))
-    dist.barrier()
+    _on_all_ranks(lambda: dist_checkpointing.save(state, str(partial)), f"{partial} cannot be written")
     _on_first_rank(lambda: _publish(Path(hf_source_dir), partial, target))
 
 
@@ -87,23 +87,25 @@ def load(
         CheckpointError: not a checkpoint, or its tensors do not fit this model.
     """
     path = Path(ckpt_dir)
-    if not is_megatron_checkpoint(path):
-        raise CheckpointError(f"{path} is not a Megatron distributed checkpoint: it holds no metadata.json")
+    raise_together(None if is_megatron_checkpoint(path) else _not_a_checkpoint(path), dist.group.WORLD)
     template = _sharded_state(chunks, optimizer, groups, is_loading=True)
-    try:
+
+    def fill() -> dict[str, Any]:
         state = dist_checkpointing.load(template, str(path))
-    except (CheckpointingException, UnpicklingError, RuntimeError, KeyError, OSError, EOFError) as error:
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"{path} cannot be loaded into this model: {reason[0] if reason else error!r}"
-        ) from error
-    for number, chunk in enumerate(chunks):
-        weights = state[f"model{number}"]
-        unwrap(chunk).load_state_dict({k.removeprefix(_PREFIX): v for k, v in weights.items()}, strict=True)
-    if optimizer is not None:
-        optimizer.load_state_dict(state["optimizer"])
-    common: dict[str, Any] = state.get(_COMMON, {})
-    return common
+        for number, chunk in enumerate(chunks):
+            weights = {name.removeprefix(_PREFIX): value for name, value in state[f"model{number}"].items()}
+            unwrap(chunk).load_state_dict(weights, strict=True)
+        if optimizer is not None:
+            optimizer.load_state_dict(state["optimizer"])
+        common: dict[str, Any] = state.get(_COMMON, {})
+        return common
+
+    saver = "another model" if optimizer is None else "another model or model.optim.name"
+    return _on_all_ranks(fill, f"{path} is damaged, or was saved by {saver}")
+
+
+def _not_a_checkpoint(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} is not a Megatron distributed checkpoint: it holds no metadata.json")
 
 
 def _sharded_state(
@@ -138,10 +140,31 @@ def _make_empty(target: Path, partial: Path) -> None:
 
 
 def _publish(hf_source: Path, partial: Path, target: Path) -> None:
-    (partial / HF_SUBDIR).mkdir()
-    shutil.copy2(hf_source / "config.json", partial / HF_SUBDIR)
-    copy_companions(hf_source, partial / HF_SUBDIR)
-    partial.rename(target)
+    try:
+        (partial / HF_SUBDIR).mkdir()
+        shutil.copy2(hf_source / "config.json", partial / HF_SUBDIR)
+        copy_companions(hf_source, partial / HF_SUBDIR)
+        partial.rename(target)
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be completed: {error}") from error
+
+
+def _on_all_ranks(action: Callable[[], _T], what_failed: str) -> _T:
+    """Run what Megatron does on all ranks; whatever it raises over a checkpoint is one error on all of them.
+
+    torch's CheckpointException is no Exception; it holds what the single ranks raised.
+    """
+    failure: CheckpointError | None = None
+    try:
+        result = action()
+    except (Exception, CheckpointException) as error:
+        cause = next((e for e, _ in error.failures.values()), error) if hasattr(error, "failures") else error
+        reason = " ".join(str(cause).split())
+        reason = reason if len(reason) <= _MAX_REASON else f"{reason[:_MAX_REASON]}..."
+        failure = CheckpointError(f"{what_failed}: {type(cause).__name__}: {reason}")
+        failure.__cause__ = error
+    raise_together(failure, dist.group.WORLD)
+    return result
 
 
 def _on_first_rank(action: Callable[[], None]) -> None:
