@@ -30,6 +30,7 @@ class Setup:
     dropout: float = 0.0
     overlap: bool = False
     lr: float = 1e-3
+    momentum: float = 0.9
 
 
 def each(cases: Mapping[str, Callable[[int, Path], Any]], rank: int, root: Path) -> dict[str, Any]:
@@ -160,6 +161,23 @@ class Run:
             records.append({**sums, "grad_norm": self.optimizer.grad_norm})
         return records
 
+    def save(self, out: Path, *, optimizer: bool = True) -> None:
+        """A checkpoint of weights and optimizer, or of the weights alone."""
+        from nemo_kto.checkpoint import dist
+
+        megatron = self.optimizer.megatron if optimizer else None
+        dist.save(self.chunks, megatron, {"steps": self.steps_done}, self.hf_dir, out, self.groups)
+
+    def load(self, checkpoint: Path) -> Run:
+        """Go on from a checkpoint, as the product does (training/strategy.py)."""
+        from nemo_kto.checkpoint import dist
+        from nemo_kto.training.optim import prime_state
+
+        prime_state(self.optimizer.megatron)
+        common = dist.load(self.chunks, self.optimizer.megatron, checkpoint, self.groups)
+        self.steps_done = common["steps"]
+        return self
+
     def weights(self) -> dict[str, torch.Tensor]:
         """A copy of this rank's live parameters."""
         return {name: p.detach().clone() for chunk in self.chunks for name, p in chunk.named_parameters()}
@@ -185,7 +203,7 @@ def _optim(setup: Setup):
         weight_decay=DECAY,
         betas=[0.9, 0.95],
         eps=1e-8,
-        momentum=0.9,
+        momentum=setup.momentum,
         overlap_grad_sync=setup.overlap,
         overlap_param_sync=setup.overlap,
         sched=ScheduleConfig("Constant", 0, 0, 0.0),
