@@ -9,6 +9,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import psutil
 import torch
 import training_kit as kit
 from training_kit import Run, Setup
@@ -235,6 +236,8 @@ def killed_save(rank: int, root: Path, moment: str) -> None:
     run.train(1)
 
     def die(*_: object) -> None:
+        for child in psutil.Process().children(recursive=True):
+            child.kill()  # Megatron's writers, which would outlive the test
         os.kill(os.getpid(), signal.SIGKILL)
 
     if moment == "writing":
