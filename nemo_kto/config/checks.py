@@ -219,7 +219,7 @@ def _data(model: ModelConfig) -> Iterator[str]:
     yield from _at_least(1, model__data__tokenize_workers=data.tokenize_workers)
     if not data.data_prefix.train:
         yield "model.data.data_prefix.train is empty: list at least one file"
-    if model.sequence_parallel and data.seq_length % model.tensor_model_parallel_size:
+    if model.sequence_parallel and data.seq_length % max(1, model.tensor_model_parallel_size):
         yield (
             f"model.data.seq_length={data.seq_length} is not a multiple of model.tensor_model_parallel_size="
             f"{model.tensor_model_parallel_size}, which model.sequence_parallel needs"

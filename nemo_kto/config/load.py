@@ -11,7 +11,7 @@ from typing import Any, cast, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -57,11 +57,27 @@ def to_config(values: DictConfig) -> Config:
     """
     schema = _writable(OmegaConf.structured(_blank(Config)))
     try:
-        merged = OmegaConf.merge(schema, values)
+        merged = cast(DictConfig, OmegaConf.merge(schema, values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_type_error(error)) from error
+    _refuse_dangling(merged)
+    try:
         OmegaConf.resolve(merged)
         return cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
-        raise ConfigError(_first_line(error)) from error
+        raise ConfigError(_type_error(error)) from error
+
+
+def _refuse_dangling(values: DictConfig) -> None:
+    """Name every key whose interpolation leads nowhere; OmegaConf's own errors do not."""
+    problems = []
+    for key in schema_keys():
+        try:
+            OmegaConf.select(values, key)
+        except OmegaConfBaseException as error:
+            problems.append(f"{key}: {_first_line(error)}; write the value itself")
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def to_container(config: Config) -> DictConfig:
@@ -93,6 +109,9 @@ def to_yaml(config: Config) -> str:
 
 def _compose(overrides: list[str], config_dir: str | Path | None, config_name: str) -> DictConfig:
     directory, name = conf_dir(), config_name.removesuffix(".yaml")
+    idle = [override for override in overrides if override.lstrip("+~").startswith("hydra.")]
+    if idle:
+        raise ConfigError(f"{idle[0]}: Hydra's own settings do nothing here; use exp_manager.explicit_log_dir")
     if config_dir is not None:
         directory = Path(config_dir).resolve()
         if not (directory / f"{name}.yaml").is_file():
@@ -114,8 +133,10 @@ def _compose(overrides: list[str], config_dir: str | Path | None, config_name: s
 
 def _explain(error: Exception) -> str:
     """Hydra's own words without its search path, or for an unknown key the nearest known one."""
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} is not key=value; quote brackets, commas and $ for the shell"
     text = " ".join(str(error).split()).split(" Config search path:")[0]
-    override = re.search(r"Could not override '([\w.]+)'", text)
+    override = re.search(r"(?:Could not override '|Error merging override )([\w.]+)", text)
     if override is None:
         return f"config: {text}"
     if override[1] in schema_keys():
@@ -157,6 +178,8 @@ def _unknown(key: str) -> str:
     advice = advice_for(key)
     if advice:
         return f"unknown config key {key}: {advice}"
+    if any(key.startswith(f"{other}.") for other in known):
+        return f"{key} is not there yet: add it by +{key}=..."
     groups = {".".join(k.split(".")[:i]) for k in known for i in range(1, k.count(".") + 1)}
     if key in groups:
         return f"config key {key} is a group of settings, not a value"
@@ -190,10 +213,15 @@ def _is_absent(composed: DictConfig, key: str) -> bool:
         if not isinstance(node, DictConfig) or node._is_none() or part not in node.keys():  # noqa: SIM118
             return True
         node = node._get_node(part)
-    return bool(node._is_missing())
+    return bool(node._is_missing()) or (key in _MANDATORY and bool(node._is_none()))
+
+
+def _type_error(error: OmegaConfBaseException) -> str:
+    key, text = getattr(error, "full_key", None), _first_line(error)
+    if "is not a ListConfig" in text:
+        return f"{key} must be a list, such as {key}=[first,second]"
+    return f"{key}: {text}" if key else text
 
 
 def _first_line(error: OmegaConfBaseException) -> str:
-    key = getattr(error, "full_key", None)
-    text = str(error).splitlines()[0]
-    return f"{key}: {text}" if key else text
+    return str(error).splitlines()[0]
