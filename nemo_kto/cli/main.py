@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from nemo_kto import __version__
+from nemo_kto.cli.processes import tell
 from nemo_kto.errors import KTOError
 
 VERBS = ("prepare", "train", "score", "convert", "report")
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KTOError as error:
         if os.environ.get("NEMO_KTO_TRACEBACK") == "1":
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        tell(error)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

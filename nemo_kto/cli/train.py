@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_kto.cli.processes import run_processes
 from nemo_kto.config.world import World, world_from_environment
-from nemo_kto.errors import ConfigError
+from nemo_kto.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    from nemo_kto.config.architecture import Architecture
     from nemo_kto.config.schema import Config
     from nemo_kto.training.run_data import RunData
 
@@ -53,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     _check(config, world)
     data = _read_data(config)
     if world.size > 1 and not found.launched:
-        return _start_processes(world.size, args)
+        own_yaml = ["--config-name", args.config_name, *(["--config-dir", args.config_dir] if args.config_dir else [])]
+        return run_processes(world.size, ["train", *own_yaml, *args.overrides])
     return _train(config, data, world)
 
 
@@ -79,7 +82,7 @@ def _check(config: Config, world: World) -> None:
     from nemo_kto.config.architecture import read_architecture
     from nemo_kto.config.checks import check, check_length
     from nemo_kto.config.layout import check_layout
-    from nemo_kto.config.locate import hf_side
+    from nemo_kto.config.locate import hf_side, is_megatron_checkpoint
 
     check(config, world.size)
     model = config.model
@@ -90,7 +93,28 @@ def _check(config: Config, world: World) -> None:
         pipeline_parallel=model.pipeline_model_parallel_size,
     )
     check_length(arch, model.data.seq_length)
+    _check_same_network(config, arch)
+    resume_from = config.exp_manager.resume_from_checkpoint
+    if resume_from is not None and not is_megatron_checkpoint(resume_from):
+        raise CheckpointError(
+            f"exp_manager.resume_from_checkpoint={resume_from} is no checkpoint: no metadata.json there"
+        )
     _check_writable(Path(config.exp_manager.explicit_log_dir))
+
+
+def _check_same_network(config: Config, policy: Architecture) -> None:
+    """The reference's weights take the place of the policy's, so both must be of one shape and computed alike."""
+    from nemo_kto.config.architecture import read_architecture
+    from nemo_kto.config.locate import hf_side
+
+    path = config.model.kto.reference_from_path
+    reference = asdict(read_architecture(hf_side(path)))
+    for name, value in asdict(policy).items():
+        if reference[name] != value and name != "max_position_embeddings":
+            raise ConfigError(
+                f"model.kto.reference_from_path={path} is another network than the policy: {name} is "
+                f"{reference[name]}, not {value}"
+            )
 
 
 def _check_writable(log_dir: Path) -> None:
@@ -118,29 +142,6 @@ def _read_data(config: Config) -> RunData:
     plan = RunData(config, train, validation)
     check_schedule(config.model.optim, plan.total_steps)
     return plan
-
-
-def _start_processes(size: int, args: argparse.Namespace) -> int:
-    """Run this same command on ``size`` processes of this machine, and pass on the first failure's exit code."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=size,
-        run_id=f"nemo_kto_{os.getpid()}",  # torch makes one up otherwise, and warns that it did
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-    )
-    own_yaml = ["--config-name", args.config_name, *(["--config-dir", args.config_dir] if args.config_dir else [])]
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // size)))
-    try:
-        elastic_launch(launch, sys.executable)("-m", "nemo_kto.cli.main", "train", *own_yaml, *args.overrides)
-    except ChildFailedError as error:
-        return int(error.get_first_failure()[1].exitcode) or 1
-    return 0
 
 
 def _train(config: Config, data: RunData, world: World) -> int:

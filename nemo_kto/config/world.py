@@ -32,15 +32,25 @@ def world_from_environment() -> World:
     """
     env = os.environ
     if "WORLD_SIZE" in env and "RANK" in env:
-        return _world(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"])))
+        local = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in env else "WORLD_SIZE"
+        return _world(_number("RANK"), _number("WORLD_SIZE"), _number(local))
     if "SLURM_PROCID" in env and "SLURM_NTASKS" in env and env.get("SLURM_STEP_ID", "") not in ("", "4294967290"):
-        size, nodes = int(env["SLURM_NTASKS"]), int(env.get("SLURM_NNODES", "1"))
-        return _world(int(env["SLURM_PROCID"]), size, max(1, size // nodes))
+        size, nodes = _number("SLURM_NTASKS"), _number("SLURM_NNODES") if "SLURM_NNODES" in env else 1
+        return _world(_number("SLURM_PROCID"), size, max(1, size // max(1, nodes)))
     return World(rank=0, size=1, local_size=1, launched=False)
 
 
+def _number(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise ConfigError(
+            f"{name}={os.environ[name]!r} in the environment is no number; the launcher sets it"
+        ) from None
+
+
 def _world(rank: int, size: int, local_size: int) -> World:
-    if not 0 <= rank < size or size % local_size:
+    if not 0 <= rank < size or local_size < 1 or size % local_size:
         raise ConfigError(
             f"the launcher's environment is inconsistent: rank {rank}, world size {size}, {local_size} per node"
         )
