@@ -247,9 +247,10 @@ def _layout(model: ModelConfig, world_size: int) -> Iterator[str]:
 
 
 def _paths(config: Config) -> Iterator[str]:
+    policy, reference = config.pretrained_checkpoint.restore_from_path, config.model.kto.reference_from_path
     for key, path in (
-        ("pretrained_checkpoint.restore_from_path", config.pretrained_checkpoint.restore_from_path),
-        ("model.kto.reference_from_path", config.model.kto.reference_from_path),
+        ("pretrained_checkpoint.restore_from_path", policy),
+        ("model.kto.reference_from_path", None if reference == policy else reference),
         ("exp_manager.resume_from_checkpoint", config.exp_manager.resume_from_checkpoint),
     ):
         if path is not None and not Path(path).exists():
