@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from nemo_kto.cli.processes import run_processes
 from nemo_kto.config.world import World, world_from_environment
-from nemo_kto.errors import CheckpointError, ConfigError
+from nemo_kto.errors import ConfigError
 
 if TYPE_CHECKING:
     from nemo_kto.config.architecture import Architecture
@@ -82,7 +82,7 @@ def _check(config: Config, world: World) -> None:
     from nemo_kto.config.architecture import read_architecture
     from nemo_kto.config.checks import check, check_length
     from nemo_kto.config.layout import check_layout
-    from nemo_kto.config.locate import hf_side, is_megatron_checkpoint
+    from nemo_kto.config.locate import hf_side, resume_path
 
     check(config, world.size)
     model = config.model
@@ -94,11 +94,7 @@ def _check(config: Config, world: World) -> None:
     )
     check_length(arch, model.data.seq_length)
     _check_same_network(config, arch)
-    resume_from = config.exp_manager.resume_from_checkpoint
-    if resume_from is not None and not is_megatron_checkpoint(resume_from):
-        raise CheckpointError(
-            f"exp_manager.resume_from_checkpoint={resume_from} is no checkpoint: no metadata.json there"
-        )
+    resume_path(config.exp_manager)
     _check_writable(Path(config.exp_manager.explicit_log_dir))
 
 

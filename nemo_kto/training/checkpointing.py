@@ -9,29 +9,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from nemo_kto.config.locate import is_megatron_checkpoint
+from nemo_kto.config.locate import checkpoint_steps
 
 LATEST = "latest_checkpoint.txt"
 """File in the log directory that names the newest checkpoint."""
-
-
-def checkpoint_steps(log_dir: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of the whole checkpoints of a run, oldest first."""
-    found = [
-        (_step_of(path), path) for path in (log_dir / "checkpoints").glob("step-*") if is_megatron_checkpoint(path)
-    ]
-    return sorted((step, path) for step, path in found if step is not None)
-
-
-def newest_checkpoint(log_dir: Path) -> Path | None:
-    """The whole checkpoint of the latest step, if there is one."""
-    steps = checkpoint_steps(log_dir)
-    return steps[-1][1] if steps else None
-
-
-def _step_of(path: Path) -> int | None:
-    number = path.name.removeprefix("step-")
-    return int(number) if number.isdigit() else None
 
 
 class MegatronCheckpoint(Checkpoint):

@@ -13,10 +13,11 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from nemo.utils.exp_manager import configure_no_restart_validation_training_loop
 
 from nemo_kto.config.load import to_yaml
+from nemo_kto.config.locate import newest_checkpoint, resume_path
 from nemo_kto.config.schema import Config, ExpManagerConfig
 from nemo_kto.config.world import World
-from nemo_kto.errors import CheckpointError, StoppedEarlyError
-from nemo_kto.training.checkpointing import MegatronCheckpoint, newest_checkpoint
+from nemo_kto.errors import StoppedEarlyError
+from nemo_kto.training.checkpointing import MegatronCheckpoint
 from nemo_kto.training.kto_model import MegatronGPTKTOModel
 from nemo_kto.training.progress import progress_callback
 from nemo_kto.training.run_data import RunData
@@ -42,9 +43,11 @@ def fit(config: Config, data: RunData, world: World) -> Path:
         CheckpointError: there is nothing to resume from, or it cannot be read.
     """
     log_dir = Path(config.exp_manager.explicit_log_dir)
-    resume_from = _resume_path(config.exp_manager, log_dir)
+    resume_from = resume_path(config.exp_manager)
     trainer = build_trainer(config, data, world)
     if trainer.is_global_zero:
+        if resume_from is not None:
+            sys.stderr.write(f"resuming from {resume_from}\n")
         (log_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     model = MegatronGPTKTOModel(config, trainer, data)
     trainer.fit(model, ckpt_path=resume_from)
@@ -109,19 +112,3 @@ def _loggers(exp: ExpManagerConfig) -> list[Logger]:
     if exp.create_wandb_logger:
         loggers.append(WandbLogger(save_dir=exp.explicit_log_dir, **exp.wandb_logger_kwargs))
     return loggers
-
-
-def _resume_path(exp: ExpManagerConfig, log_dir: Path) -> Path | None:
-    if exp.resume_from_checkpoint is not None:
-        return Path(exp.resume_from_checkpoint)
-    if not exp.resume_if_exists:
-        return None
-    newest = newest_checkpoint(log_dir)
-    if newest is None and not exp.resume_ignore_no_checkpoint:
-        raise CheckpointError(
-            f"{log_dir}/checkpoints holds no checkpoint to resume from; "
-            "exp_manager.resume_ignore_no_checkpoint=true starts anew"
-        )
-    if newest is not None:
-        sys.stderr.write(f"resuming from {newest}\n")
-    return newest

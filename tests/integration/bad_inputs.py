@@ -62,3 +62,6 @@ def _bad_models(here: Path) -> None:
     (here / "megatron").mkdir()
     (here / "megatron" / "metadata.json").write_text("{}")
     (here / "a_file").touch()
+    earlier = here / "earlier" / "checkpoints" / "step-000007"
+    earlier.mkdir(parents=True)
+    (earlier / "metadata.json").write_text("{}")

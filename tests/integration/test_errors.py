@@ -102,6 +102,16 @@ CASES = {
     "rope": ([f"{MODEL}=yarn"], FILES, ["yarn/config.json: rope_parameters.rope_type: 'yarn'", "llama3"]),
     "tokenizer": ([f"{MODEL}=no_tokenizer"], FILES, ["no_tokenizer", "tokenizer"]),
     "resume": (["exp_manager.resume_from_checkpoint=model"], FILES, ["exp_manager.resume_from_checkpoint=model"]),
+    "nothing to resume": (
+        ["exp_manager.resume_ignore_no_checkpoint=false"],
+        FILES,
+        ["out/checkpoints holds no checkpoint", "resume_ignore_no_checkpoint=true starts anew"],
+    ),
+    "earlier run": (
+        ["exp_manager.resume_if_exists=false", "exp_manager.explicit_log_dir=earlier"],
+        FILES,
+        ["earlier/checkpoints/step-000007 is of an earlier run", "another exp_manager.explicit_log_dir"],
+    ),
 }
 
 ENVIRONMENTS = {
