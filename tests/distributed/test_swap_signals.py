@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import run_ranks
+from toy_network import toy
 
 pytestmark = pytest.mark.distributed
 
@@ -22,7 +23,8 @@ def _toy():
     from nemo_kto.reference.swap import WeightSwap
 
     layer = torch.nn.Linear(4, 4).share_memory()
-    swap = WeightSwap([layer], HostWeights([layer]))
+    network = toy(layer)
+    swap = WeightSwap([network], HostWeights([network]))
     with torch.no_grad():
         layer.weight.add_(1.0)
     return swap, layer.weight, layer.weight.detach().clone()

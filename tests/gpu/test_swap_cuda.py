@@ -9,15 +9,20 @@ import pytest
 import tiny
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "distributed"))
+
+import training_kit as kit
+from toy_network import toy
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
 SLEEP_CYCLES = 200_000_000
 """About 0.1 s of a busy GPU: long against the microseconds it takes to queue a copy."""
 
 
-def _layers(dtype: torch.dtype) -> torch.nn.Module:
+def _network(dtype: torch.dtype) -> torch.nn.Module:
     """64 MiB or 128 MiB of random weights: copies that take milliseconds."""
-    return torch.nn.Sequential(*[torch.nn.Linear(4096, 4096, bias=False) for _ in range(2)]).to("cuda", dtype)
+    return toy(*[torch.nn.Linear(4096, 4096, bias=False) for _ in range(2)]).to("cuda", dtype)
 
 
 def _copy(module: torch.nn.Module) -> list[torch.Tensor]:
@@ -34,7 +39,7 @@ def swap(request):
     from nemo_kto.reference.host_weights import HostWeights
     from nemo_kto.reference.swap import WeightSwap
 
-    module = _layers(request.param)
+    module = _network(request.param)
     return module, _copy(module), WeightSwap([module], HostWeights([module]))
 
 
@@ -105,9 +110,6 @@ def test_another_current_stream(swap):
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_megatron_run(bf16, tmp_path):
     """Wrapper, sharded optimizer and steps on one GPU over NCCL: the policy comes back, the reference stays."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "distributed"))
-    import training_kit as kit
-
     from nemo_kto import launch
 
     policy = tiny.make_model(tmp_path / "policy", **kit.SIZES)
