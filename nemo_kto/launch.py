@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 
 from nemo_kto import cpu_backend
-from nemo_kto.config.world import world_from_environment
+from nemo_kto.config.world import World, meeting_point, world_from_environment
 from nemo_kto.distributed import groups
 from nemo_kto.errors import ConfigError
 
-TIMEOUT = timedelta(minutes=10)
-"""Longest wait of any collective for a missing peer."""
+TIMEOUT = timedelta(minutes=30)
+"""Longest wait of any collective for a missing peer: one rank may write a large checkpoint while the others wait."""
 
 
 def start(tensor_parallel: int, pipeline_parallel: int, *, seed: int = 1234) -> groups.ParallelGroups:
@@ -39,22 +39,29 @@ def start(tensor_parallel: int, pipeline_parallel: int, *, seed: int = 1234) -> 
             f"world size {world.size} is not a multiple of tensor_parallel {tensor_parallel} x "
             f"pipeline_parallel {pipeline_parallel} = {model_size}: start a multiple of {model_size} processes"
         )
-    device = torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cpu")
     if not on_cpu:
+        # a launcher may show each process one device only
+        device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        _join(world.rank, world.size, "gloo" if on_cpu else "nccl")
+        _join(world, "gloo" if on_cpu else "nccl")
     laid_out = groups.initialize(tensor_parallel, pipeline_parallel, device, TIMEOUT)
     seed_megatron(seed)
     return laid_out
 
 
 def seed_megatron(seed: int) -> None:
-    """Seed Megatron's random streams. Every rank passes the same seed; Megatron offsets it per TP and PP rank."""
+    """Seed Megatron's random streams. Every rank passes the same seed.
+
+    Megatron offsets it per TP rank by itself; the offset per PP stage, without which all stages would drop the same
+    units, is the caller's (its own training script uses the same one).
+    """
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    offset = 100 * groups.current(torch.device("cpu")).pp_rank
+    torch.manual_seed(seed + offset)
+    model_parallel_cuda_manual_seed(seed + offset, force_reset_rng=True)
 
 
 def shutdown() -> None:
@@ -64,11 +71,11 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def _join(rank: int, size: int, backend: str) -> None:
-    if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT)
-    elif size == 1:
+def _join(world: World, backend: str) -> None:
+    if world.launched:
+        address, port = meeting_point()
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
+        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
+    else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
-    else:
-        raise ConfigError(f"{size} processes but no MASTER_ADDR: start them with torchrun, or set it and MASTER_PORT")

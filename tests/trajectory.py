@@ -44,7 +44,7 @@ class Recipe:
     clip: float = 0.0
     weight_decay: float = 0.1
     beta: float = 0.2
-    desirable_weight: float = 0.75
+    desirable_weight: float = 1.5
     undesirable_weight: float = 1.25
     sft_weight: float = 0.0
     average: bool = False

@@ -18,14 +18,18 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_kto.checkpoint.hf_export import copy_companions
+from nemo_kto.checkpoint.metadata import check_metadata
 from nemo_kto.config.locate import HF_SUBDIR, is_megatron_checkpoint
 from nemo_kto.distributed.collectives import raise_together
 from nemo_kto.distributed.groups import ParallelGroups
 from nemo_kto.errors import CheckpointError
-from nemo_kto.gpt.build import unwrap
+from nemo_kto.gpt.live import parameters_settled, require_policy
+from nemo_kto.gpt.network import unwrap
 
 _PREFIX = "model."  # NeMo 1.x's prefix of Megatron GPT weights
 _COMMON = "common"
+# FP8 scales of Transformer Engine's modules, empty here: kept out, so that checkpoints fit with and without it
+_EXTRA_STATE = "_extra_state"
 _T = TypeVar("_T")
 _MAX_REASON = 300  # characters; a missing key comes with the list of all others
 
@@ -67,11 +71,13 @@ def save(
     Raises:
         CheckpointError: ``out_dir`` exists or cannot be written.
     """
+    require_policy(chunks, "saving a checkpoint")
     target = Path(out_dir)
     partial = target.with_name(f"{target.name}.partial")
     _on_first_rank(lambda: _make_empty(target, partial))
-    state = {**_sharded_state(chunks, optimizer, groups, is_loading=False), _COMMON: dict(common)}
-    _on_all_ranks(lambda: dist_checkpointing.save(state, str(partial)), f"{partial} cannot be written")
+    with parameters_settled(chunks):
+        state = {**_sharded_state(chunks, optimizer, groups, is_loading=False), _COMMON: dict(common)}
+        _on_all_ranks(lambda: dist_checkpointing.save(state, str(partial)), f"{partial} cannot be written")
     _on_first_rank(lambda: _publish(Path(hf_source_dir), partial, target))
 
 
@@ -91,10 +97,14 @@ def load(
     template = _sharded_state(chunks, optimizer, groups, is_loading=True)
 
     def fill() -> dict[str, Any]:
+        check_metadata(path)
         state = dist_checkpointing.load(template, str(path))
         for number, chunk in enumerate(chunks):
             weights = {name.removeprefix(_PREFIX): value for name, value in state[f"model{number}"].items()}
-            unwrap(chunk).load_state_dict(weights, strict=True)
+            missing, unexpected = unwrap(chunk).load_state_dict(weights, strict=False)
+            absent = [name for name in missing if not name.endswith(_EXTRA_STATE)]
+            if absent or unexpected:
+                raise KeyError(f"missing {absent}, unexpected {unexpected}")
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
         common: dict[str, Any] = state.get(_COMMON, {})
@@ -120,7 +130,11 @@ def _sharded_state(
         "dp_cp_group": groups.dp,
     }
     state: dict[str, Any] = {
-        f"model{number}": unwrap(chunk).sharded_state_dict(prefix=_PREFIX, metadata=metadata)
+        f"model{number}": {
+            name: tensor
+            for name, tensor in unwrap(chunk).sharded_state_dict(prefix=_PREFIX, metadata=metadata).items()
+            if not name.endswith(_EXTRA_STATE)
+        }
         for number, chunk in enumerate(chunks)
     }
     if optimizer is not None:

@@ -21,6 +21,7 @@ from nemo_kto.config.architecture import Architecture, read_architecture
 from nemo_kto.distributed.collectives import raise_together
 from nemo_kto.distributed.groups import ParallelGroups
 from nemo_kto.errors import CheckpointError
+from nemo_kto.gpt.live import parameters_settled, require_policy
 from nemo_kto.gpt.network import unwrap
 
 MARKER = "nemo_kto_export.json"
@@ -79,6 +80,7 @@ def export_hf(
         CheckpointError: on every rank, if ``out_dir`` holds something else, the source is of another architecture,
             or any rank could not write.
     """
+    require_policy(chunks, "exporting")
     out_dir, source_dir = Path(out_dir), Path(source_dir)
     draft = out_dir.with_name(f".{out_dir.name}.partial")
     leader = groups.model_rank == 0 and groups.dp_rank == 0
@@ -89,7 +91,8 @@ def export_hf(
     # Each step ends together: a rank that failed alone would leave the others waiting in the next gather.
     world = dist.group.WORLD
     raise_together(_try(_prepare, arch, source_dir, out_dir, draft) if leader else None, world)
-    raise_together(_write_shards(shards, parameters, arch, groups, draft, dtype), world)
+    with parameters_settled(chunks):
+        raise_together(_write_shards(shards, parameters, arch, groups, draft, dtype), world)
     raise_together(_try(_finish, shards, source_dir, out_dir, draft, dtype) if leader else None, world)
 
 

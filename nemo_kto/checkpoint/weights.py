@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch.distributed as dist
 from torch import nn
 
 from nemo_kto.checkpoint.dist import load_model
 from nemo_kto.checkpoint.hf_load import load_hf
 from nemo_kto.config.architecture import Architecture
 from nemo_kto.config.locate import is_megatron_checkpoint
+from nemo_kto.distributed.collectives import raise_together
 from nemo_kto.distributed.groups import ParallelGroups
 
 
@@ -22,5 +24,10 @@ def load_weights(chunks: Sequence[nn.Module], arch: Architecture, path: str | Pa
     """
     if is_megatron_checkpoint(path):
         load_model(chunks, path, groups)
-    else:
+        return
+    error: Exception | None = None
+    try:
         load_hf(chunks, arch, path, groups)
+    except Exception as raised:
+        error = raised
+    raise_together(error, dist.group.WORLD)  # a slice may be bad on one rank alone

@@ -18,7 +18,7 @@ from nemo_kto.quiet import quiet
 EXAMPLE = """\
 examples:
   nemo-kto convert hf-to-megatron --input meta-llama-8b/ --output meta-llama-8b-megatron/
-  nemo-kto convert megatron-to-hf --input results/checkpoints/step=200/ --output aligned-hf/
+  nemo-kto convert megatron-to-hf --input results/checkpoints/step-000200/ --output aligned-hf/
   torchrun --nproc-per-node 4 -m nemo_kto.cli.main convert megatron-to-hf \\
       --input CKPT --output HF --tensor-parallel 2 --pipeline-parallel 2"""
 _DTYPES = ("bfloat16", "float16", "float32")

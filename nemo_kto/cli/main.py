@@ -71,7 +71,9 @@ def _log_to_stderr() -> None:
     logger = logging.getLogger("nemo_kto")
     logger.handlers = [handler]
     logger.propagate = False
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    logger.setLevel(
+        logging.INFO if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0" else logging.ERROR
+    )
 
 
 class _LowerLevel(logging.Formatter):

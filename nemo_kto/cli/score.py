@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,8 @@ def _check_options(args: argparse.Namespace) -> None:
     for option, path in (("--out", args.out), ("--summary-json", args.summary_json)):
         if path is not None and not path.resolve().parent.is_dir():
             raise ConfigError(f"{option} {path}: the directory {path.resolve().parent} does not exist")
+        if path is not None and path.is_dir():
+            raise ConfigError(f"{option} {path} is a directory: name a file in it")
 
 
 def _prepare(args: argparse.Namespace) -> tuple[Architecture, TokenStore]:
@@ -129,14 +132,14 @@ def _report(
 
     from nemo_kto.objective.ranking import separation
 
-    ratio = None if reference is None else policy - reference
+    ratio = None if reference is None else (policy - reference).cpu()
     partial = args.out.with_name(f"{args.out.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
-        for row in range(len(store)):
-            file.write(json.dumps(_line(args, store, row, policy, reference, tokens)) + "\n")
+        for line in _lines(args.beta, store, policy, reference, tokens):
+            file.write(json.dumps(line) + "\n")
     partial.rename(args.out)
     desirable = torch.from_numpy(store.desirable.copy())
-    scores = policy.cpu() if ratio is None else args.beta * ratio.cpu()
+    scores = policy.cpu() if ratio is None else args.beta * ratio
     found = separation(scores, desirable)
     if args.summary_json is not None:
         what = "policy_logp" if ratio is None else "reward"
@@ -146,19 +149,21 @@ def _report(
     print(f"wrote {len(store)} lines to {args.out}")
 
 
-def _line(
-    args: argparse.Namespace, store: TokenStore, row: int, policy: Tensor, reference: Tensor | None, tokens: Tensor
-) -> dict[str, Any]:
-    ref = None if reference is None else reference[row].item()
-    ratio = None if ref is None else policy[row].item() - ref
-    return {
-        "index": int(store.record_index[row]),
-        "policy_logp": policy[row].item(),
-        "ref_logp": ref,
-        "log_ratio": ratio,
-        "reward": None if ratio is None else args.beta * ratio,
-        "num_tokens": int(tokens[row]),
-    }
+def _lines(
+    beta: float, store: TokenStore, policy: Tensor, reference: Tensor | None, tokens: Tensor
+) -> Iterator[dict[str, Any]]:
+    references = [None] * len(store) if reference is None else reference.tolist()
+    columns = zip(store.record_index.tolist(), policy.tolist(), references, tokens.tolist(), strict=True)
+    for index, logp, ref_logp, num_tokens in columns:
+        log_ratio = None if ref_logp is None else logp - ref_logp
+        yield {
+            "index": index,
+            "policy_logp": logp,
+            "ref_logp": ref_logp,
+            "log_ratio": log_ratio,
+            "reward": None if log_ratio is None else beta * log_ratio,
+            "num_tokens": num_tokens,
+        }
 
 
 def _print(found: Separation, what: str) -> None:

@@ -80,7 +80,7 @@ def _intended_world(config: Config, found: World) -> World:
 def _check(config: Config, world: World) -> None:
     """Config, layout and output directory: everything that needs neither torch nor data."""
     from nemo_kto.config.architecture import read_architecture
-    from nemo_kto.config.checks import check, check_length
+    from nemo_kto.config.checks import check, check_length, check_recompute
     from nemo_kto.config.layout import check_layout
     from nemo_kto.config.locate import hf_side, resume_path
 
@@ -93,6 +93,7 @@ def _check(config: Config, world: World) -> None:
         pipeline_parallel=model.pipeline_model_parallel_size,
     )
     check_length(arch, model.data.seq_length)
+    check_recompute(arch, model)
     _check_same_network(config, arch)
     resume_path(config.exp_manager)
     _check_writable(Path(config.exp_manager.explicit_log_dir))
@@ -144,6 +145,8 @@ def _train(config: Config, data: RunData, world: World) -> int:
     from nemo_kto import cpu_backend
     from nemo_kto.quiet import quiet_nemo
 
+    # one queue per device keeps Megatron's overlapped collectives in order; must be set before CUDA starts
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _check_accelerator(config.trainer.accelerator, on_cpu=cpu_backend.install())
     quiet_nemo()
     if world.rank == 0:
@@ -153,8 +156,9 @@ def _train(config: Config, data: RunData, world: World) -> int:
 
     newest = fit(config, data, world)
     if world.rank == 0:
-        print(f"done: {data.total_steps} steps, {newest}")
-        print(f"next: nemo-kto convert megatron-to-hf --input {newest} --output HF_DIR")
+        print(f"done: {data.total_steps} steps, {newest or 'no checkpoint (exp_manager.create_checkpoint_callback)'}")
+        if newest is not None:
+            print(f"next: nemo-kto convert megatron-to-hf --input {newest} --output HF_DIR")
     shutdown()
     return 0
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from nemo_kto.config.architecture import Architecture
 from nemo_kto.config.schema import Config, ExpManagerConfig, KTOConfig, KTOLoopConfig, ModelConfig, OptimConfig
@@ -31,6 +34,7 @@ def check(config: Config, world_size: int) -> None:
         ConfigError: lists every problem found, one per line, each naming its key and the fix.
     """
     problems = [
+        *_finite("", asdict(config)),
         *_trainer(config),
         *_loop(config.trainer.kto),
         *_exp_manager(config.exp_manager),
@@ -56,6 +60,18 @@ def check_schedule(optim: OptimConfig, max_steps: int) -> None:
         )
 
 
+def check_recompute(arch: Architecture, model: ModelConfig) -> None:
+    """Refuse recomputed units that do not fit the layers of a pipeline stage."""
+    unit, layers = model.activations_checkpoint_num_layers, arch.num_layers // model.pipeline_model_parallel_size
+    if unit is None:
+        return
+    if unit > layers or (model.activations_checkpoint_method == "uniform" and layers % unit):
+        raise ConfigError(
+            f"model.activations_checkpoint_num_layers={unit} does not fit the {layers} layers of a pipeline stage: "
+            f"give at most {layers}, and with activations_checkpoint_method=uniform a divisor of it"
+        )
+
+
 def check_length(arch: Architecture, seq_length: int) -> None:
     """Refuse rows longer than the model can attend over."""
     if seq_length > arch.max_position_embeddings:
@@ -68,6 +84,15 @@ def check_length(arch: Architecture, seq_length: int) -> None:
             f"model.data.seq_length={seq_length} is above the model's sliding_window {arch.sliding_window}: "
             "attention here is over the whole row, so longer rows would not be the model's own"
         )
+
+
+def _finite(prefix: str, values: dict[str, Any]) -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _finite(f"{prefix}{name}.", value)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                yield f"{prefix}{name}={number} must be a finite number"
 
 
 def _one_of(key: str, value: object, allowed: Iterable[str]) -> Iterator[str]:

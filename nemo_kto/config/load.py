@@ -198,6 +198,8 @@ _MANDATORY = {
 def _refuse_missing(composed: DictConfig, config_name: str) -> None:
     missing = [key for key in schema_keys() if _is_absent(composed, key)]
     foreign = [key for key in missing if key not in _MANDATORY]
+    if foreign and config_name == "gpt_kto":
+        raise ConfigError(f"{', '.join(foreign)}: a key of the shipped config cannot be removed, only set")
     if foreign:
         raise ConfigError(
             f"{config_name} lacks {len(foreign)} keys, {foreign[0]} among them: begin it with "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -106,7 +106,7 @@ class StoreWriter:
         """Append the rows of ``chunk``."""
         self._ids_file.write(chunk.ids.astype("<i4").tobytes())
         self._num_ids += chunk.ids.size
-        self._chunks.append(chunk)
+        self._chunks.append(replace(chunk, ids=chunk.ids[:0].copy()))  # the ids are on disk; keep the columns
 
     def finish(self, files: Sequence[str]) -> StoreSummary:
         """Write the columns and, last, the manifest that makes the store valid. At least one row must be there."""

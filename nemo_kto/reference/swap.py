@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nemo_kto.data.batch import StepBatch
 from nemo_kto.gpt.forward import Passes
+from nemo_kto.gpt.live import is_reference, mark_reference, parameters_settled, require_policy
 from nemo_kto.reference.host_weights import HostWeights
 
 
@@ -33,8 +34,6 @@ class WeightSwap:
         self._chunks = list(chunks)
         self._reference = reference
         self._policy: HostWeights | None = None
-        self.active = False
-        """Whether the live parameters are the reference's right now."""
         self.bytes_moved = 0
         """Bytes copied between host and device since the start, both ways."""
 
@@ -43,14 +42,10 @@ class WeightSwap:
         """The reference policy's weights."""
         return self._reference
 
-    def require_policy(self, action: str) -> None:
-        """Refuse ``action`` while the live parameters are the reference's.
-
-        Raises:
-            RuntimeError: inside :meth:`swapped`.
-        """
-        if self.active:
-            raise RuntimeError(f"{action} while the reference weights are swapped in would act on the wrong policy")
+    @property
+    def active(self) -> bool:
+        """Whether the live parameters are the reference's right now."""
+        return is_reference(self._chunks)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -58,22 +53,22 @@ class WeightSwap:
 
         On leaving, also by an exception, the policy's parameters are back bit for bit.
         """
-        self.require_policy("another swap")
+        require_policy(self._chunks, "another swap")
         with ExitStack() as stack:
             stack.enter_context(_signals_held())
-            stack.enter_context(_parameters_settled(self._chunks))
+            stack.enter_context(parameters_settled(self._chunks))
             stack.enter_context(torch.no_grad())
             if self._policy is None:
                 self._policy = HostWeights(self._chunks)
             else:
                 self._policy.capture()
-            self.active = True
+            mark_reference(self._chunks, True)
             try:
                 self._reference.restore()
                 yield
             finally:
                 self._policy.restore()
-                self.active = False
+                mark_reference(self._chunks, False)
                 self.bytes_moved += 2 * self._policy.num_bytes + self._reference.num_bytes
 
 
@@ -109,22 +104,6 @@ class SwapReference:
             for i, batch in enumerate(step)
         )
         return replace(step, micro_batches=scored)
-
-
-@contextmanager
-def _parameters_settled(chunks: Sequence[nn.Module]) -> Iterator[None]:
-    """Finish Megatron's overlapped parameter gathers, and keep their hooks off until the block ends.
-
-    A gather still pending would save a stale policy and then overwrite the reference.
-    """
-    hooked = [c for c in chunks if hasattr(c, "ddp_config") and c.ddp_config.overlap_param_gather]
-    for chunk in hooked:
-        chunk.disable_forward_pre_hook(param_sync=True)
-    try:
-        yield
-    finally:
-        for chunk in hooked:
-            chunk.enable_forward_pre_hook()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,15 @@ class MegatronCheckpoint(Checkpoint):
         self._monitor = monitor
         self._sign = 1.0 if mode == "min" else -1.0
         self._top_k = save_top_k
+        self._scores_file = log_dir / "checkpoints" / "scores.json"
         self._scores: dict[int, float] = {}
         self._last_saved: int | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over the scores of the checkpoints before a resume."""
+        if self._scores_file.is_file():
+            known = json.loads(self._scores_file.read_text(encoding="utf-8"))
+            self._scores = {int(step): float(score) for step, score in known.items()}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save on the interval."""
@@ -46,19 +54,15 @@ class MegatronCheckpoint(Checkpoint):
         if trainer.sanity_checking or value is None or self._top_k == 0:
             return
         self._scores[trainer.global_step] = self._sign * float(value)
+        if trainer.is_global_zero:
+            # not in the checkpoint: that of this step may have been written before it was validated
+            self._scores_file.parent.mkdir(exist_ok=True)
+            self._scores_file.write_text(json.dumps(self._scores), encoding="utf-8")
         self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step."""
         self._save(trainer)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Scores of the checkpoints so far."""
-        return {"scores": {str(step): score for step, score in self._scores.items()}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Scores of the checkpoints before the resume."""
-        self._scores = {int(step): score for step, score in state_dict["scores"].items()}
 
     def _save(self, trainer: Trainer) -> None:
         step = trainer.global_step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from nemo_kto.config.load import to_container
 from nemo_kto.config.locate import hf_side
 from nemo_kto.config.schema import Config
 from nemo_kto.data.batch import StepBatch
+from nemo_kto.errors import CheckpointError, StoppedEarlyError
 from nemo_kto.gpt.build import build_gpt
 from nemo_kto.gpt.forward import Passes
 from nemo_kto.reference.host_weights import HostWeights
@@ -55,6 +57,7 @@ class MegatronGPTKTOModel(ModelPT):
         self.run = run
         self.data = data
         self.consumed_samples = 0
+        self.trained_steps = 0
         self.chunks: Sequence[nn.Module] = ()
         self.hf_side = hf_side(run.pretrained_checkpoint.restore_from_path)
         self._settings = loss_settings(run.model.kto)
@@ -109,16 +112,11 @@ class MegatronGPTKTOModel(ModelPT):
         assert self._swap is not None
         return self._swap
 
-    def require_policy(self, action: str) -> None:
-        """Raise if ``action`` would meet the reference's weights instead of the policy's."""
-        self.swap.require_policy(action)
-
     def configure_optimizers(self) -> LightningMegatronOptimizer:
         """Megatron's optimizer over the wrapped chunks."""
         clip = self.run.trainer.kto.gradient_clip_val
-        return LightningMegatronOptimizer(
-            build_optimizer(self.chunks, self.run.model.optim, bf16=self.run.trainer.is_bf16, clip_grad=clip)
-        )
+        optim, bf16 = self.run.model.optim, self.run.trainer.is_bf16
+        return LightningMegatronOptimizer(build_optimizer(self.chunks, optim, bf16=bf16, clip_grad=clip), self.chunks)
 
     # -- training
 
@@ -132,10 +130,25 @@ class MegatronGPTKTOModel(ModelPT):
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         sums = self.kto_step.train(batch)
-        self.require_policy("an optimizer step")
+        self._require_finite("loss", sums["loss"], batch)
         optimizer.step()
+        self._require_finite("gradient norm", optimizer.optimizer.grad_norm, batch)
         self.consumed_samples += batch.counts.num_samples
+        self.trained_steps += 1
         self._report(named_means(sums, batch.counts, self._settings.beta), batch, rate, optimizer.optimizer.grad_norm)
+
+    def _require_finite(self, what: str, value: float, batch: StepBatch) -> None:
+        """Stop a run that has diverged, before its weights are saved: the newest checkpoint stays a good one."""
+        if not math.isfinite(value):
+            rows = [int(i) for micro_batch in batch for i in micro_batch.index]
+            raise StoppedEarlyError(
+                f"the {what} of step {self.trainer.global_step} is {value} (rows {rows[:8]}... of this rank's data); "
+                "nothing was saved since the newest checkpoint: lower model.optim.lr, or look at these rows"
+            )
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Restart the clock after checkpoints: they are written between steps."""
+        self._step_started = time.perf_counter()
 
     @property
     def kto_step(self) -> KTOStep:
@@ -222,7 +235,13 @@ class MegatronGPTKTOModel(ModelPT):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep where the data stands."""
         checkpoint["consumed_samples"] = self.consumed_samples
+        checkpoint["global_batch_size"] = self.run.model.global_batch_size
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from where the data stood."""
+        there, here = checkpoint["global_batch_size"], self.run.model.global_batch_size
+        if there != here:
+            raise CheckpointError(
+                f"the run was started with model.global_batch_size={there}, not {here}: resume with it"
+            )
         self.consumed_samples = checkpoint["consumed_samples"]

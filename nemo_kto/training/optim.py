@@ -18,7 +18,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
 
 from nemo_kto.config.schema import OptimConfig
-from nemo_kto.gpt.build import unwrap
+from nemo_kto.gpt.live import require_policy
+from nemo_kto.gpt.network import unwrap
 
 
 def wrap_data_parallel(chunks: Sequence[nn.Module], optim: OptimConfig) -> list[nn.Module]:
@@ -182,9 +183,10 @@ def _with_padding(squeezed: torch.Tensor, buffer: Any) -> torch.Tensor:
 class LightningMegatronOptimizer(torch.optim.Optimizer):
     """What Lightning needs of an optimizer (it counts steps), around Megatron's. State stays with Megatron."""
 
-    def __init__(self, megatron: MegatronOptimizer) -> None:
+    def __init__(self, megatron: MegatronOptimizer, chunks: Sequence[nn.Module]) -> None:
         # not calling super().__init__: parameter groups and state live in the wrapped optimizer
         self.megatron = megatron
+        self._chunks = chunks
         self.defaults: dict[str, Any] = {}
         self.succeeded = True
         self.grad_norm = 0.0
@@ -208,6 +210,7 @@ class LightningMegatronOptimizer(torch.optim.Optimizer):
         """One update; ``succeeded`` and ``grad_norm`` (before clipping) tell how it went."""
         if closure is not None:
             closure()
+        require_policy(self._chunks, "an optimizer step")
         succeeded, norm, _ = self.megatron.step()
         self.succeeded, self.grad_norm = bool(succeeded), float(norm if norm is not None else 0.0)
 

@@ -15,8 +15,10 @@ from nemo.utils.app_state import AppState
 
 from nemo_kto import launch
 from nemo_kto.checkpoint import dist as dist_checkpoint
+from nemo_kto.config.world import World
 from nemo_kto.distributed import groups as parallel
 from nemo_kto.distributed.groups import ParallelGroups
+from nemo_kto.training.environment import LaunchedEnvironment
 from nemo_kto.training.optim import LightningMegatronOptimizer, prime_state
 
 
@@ -27,10 +29,12 @@ class MegatronStrategy(DDPStrategy):
         tensor_parallel: TP size.
         pipeline_parallel: PP size; the rest of the world is data parallel.
         seed: of Megatron's random streams.
+        world: this process among all of the job.
     """
 
-    def __init__(self, tensor_parallel: int, pipeline_parallel: int, seed: int, **kwargs: Any) -> None:
-        super().__init__(timeout=launch.TIMEOUT, **kwargs)
+    def __init__(self, tensor_parallel: int, pipeline_parallel: int, seed: int, world: World) -> None:
+        environment = LaunchedEnvironment(world) if world.launched else None
+        super().__init__(timeout=launch.TIMEOUT, cluster_environment=environment)
         self._sizes = (tensor_parallel, pipeline_parallel)
         self._seed = seed
         self._groups: ParallelGroups | None = None
@@ -80,7 +84,6 @@ class MegatronStrategy(DDPStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
         """Write Lightning's loop state, and Megatron's weights and optimizer state, as one distributed checkpoint."""
         model = self._kto_model
-        model.require_policy("saving a checkpoint")
         common = {key: _plain(checkpoint[key]) for key in _LOOP_STATE}
         optimizer = self._megatron_optimizer.megatron
         dist_checkpoint.save(model.chunks, optimizer, common, model.hf_side, filepath, self.groups)
@@ -117,7 +120,15 @@ class MegatronStrategy(DDPStrategy):
         return optimizer
 
 
-_LOOP_STATE = ("epoch", "global_step", "pytorch-lightning_version", "loops", "callbacks", "consumed_samples")
+_LOOP_STATE = (
+    "epoch",
+    "global_step",
+    "pytorch-lightning_version",
+    "loops",
+    "callbacks",
+    "consumed_samples",
+    "global_batch_size",
+)
 """What of Lightning's checkpoint goes along; hyper-parameters do not: the run's config is the user's to give."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +17,7 @@ from nemo_kto.config.load import to_yaml
 from nemo_kto.config.locate import newest_checkpoint, resume_path
 from nemo_kto.config.schema import Config, ExpManagerConfig
 from nemo_kto.config.world import World
-from nemo_kto.errors import StoppedEarlyError
+from nemo_kto.errors import ConfigError, StoppedEarlyError
 from nemo_kto.training.checkpointing import MegatronCheckpoint
 from nemo_kto.training.kto_model import MegatronGPTKTOModel
 from nemo_kto.training.progress import progress_callback
@@ -35,8 +36,8 @@ class RunTimer(Timer):
         """Nothing to take over."""
 
 
-def fit(config: Config, data: RunData, world: World) -> Path:
-    """Train, and return the newest checkpoint's directory (the log directory, where checkpoints are off).
+def fit(config: Config, data: RunData, world: World) -> Path | None:
+    """Train, and return the newest checkpoint's directory; None where checkpoints are off.
 
     Raises:
         StoppedEarlyError: ``max_time_per_run`` ended the run before its last step; it can be resumed.
@@ -50,15 +51,20 @@ def fit(config: Config, data: RunData, world: World) -> Path:
             sys.stderr.write(f"resuming from {resume_from}\n")
         (log_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     model = MegatronGPTKTOModel(config, trainer, data)
-    trainer.fit(model, ckpt_path=resume_from)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        trainer.fit(model, ckpt_path=resume_from)
+    except SystemExit:
+        if trainer.interrupted:  # Lightning exits by itself, with the code of a bug
+            raise KeyboardInterrupt from None
+        raise
+    if resume_from is not None and model.trained_steps == 0 and trainer.is_global_zero:
+        sys.stderr.write(f"nothing to train: {resume_from} has all {data.total_steps} steps of this run\n")
     if trainer.global_step < data.total_steps:
         raise StoppedEarlyError(
             f"stopped after step {trainer.global_step} of {data.total_steps} (exp_manager.max_time_per_run); "
             "the same command goes on from there"
         )
-    return newest_checkpoint(log_dir) or log_dir
+    return newest_checkpoint(log_dir) if config.exp_manager.create_checkpoint_callback else None
 
 
 def build_trainer(config: Config, data: RunData, world: World) -> pl.Trainer:
@@ -77,7 +83,9 @@ def build_trainer(config: Config, data: RunData, world: World) -> pl.Trainer:
         limit = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
         callbacks.append(RunTimer(limit, interval="step"))
     trainer = pl.Trainer(
-        strategy=MegatronStrategy(model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.seed),
+        strategy=MegatronStrategy(
+            model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.seed, world
+        ),
         accelerator=config.trainer.accelerator,
         devices=world.local_size,
         num_nodes=world.num_nodes,
@@ -100,6 +108,16 @@ def build_trainer(config: Config, data: RunData, world: World) -> pl.Trainer:
     return trainer
 
 
+def _require_wandb_login() -> None:
+    import wandb
+
+    if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not wandb.api.api_key:
+        raise ConfigError(
+            "exp_manager.create_wandb_logger=true, but there is no login: run `wandb login`, set WANDB_API_KEY, or "
+            "WANDB_MODE=offline"
+        )
+
+
 def _loggers(exp: ExpManagerConfig) -> list[Logger]:
     """Lightning's own loggers.
 
@@ -110,5 +128,6 @@ def _loggers(exp: ExpManagerConfig) -> list[Logger]:
     if exp.create_tensorboard_logger:
         loggers.append(TensorBoardLogger(exp.explicit_log_dir, name="", version=""))
     if exp.create_wandb_logger:
+        _require_wandb_login()
         loggers.append(WandbLogger(save_dir=exp.explicit_log_dir, **exp.wandb_logger_kwargs))
     return loggers

@@ -109,7 +109,7 @@ def test_nothing_differs_from_itself(case, worlds) -> None:
 
 @every_case
 def test_the_loss_is_half_the_weights(case, worlds) -> None:
-    """Weights and counts are such that no rounding enters: 0.75 / 3, 1.25 / 5, quarters and eighths of both."""
+    """Weights and counts are such that no rounding enters: 1.5 / 3, 1.25 / 5, quarters and eighths of both."""
     w_des, w_und = RECIPE.desirable_weight, RECIPE.undesirable_weight
     for rank in worlds[LAYOUTS[case[0]][0]]:
         assert [(seen.num_desirable, seen.num_undesirable) for seen in rank[case]] == [(3, 5), (4, 4)]

@@ -83,7 +83,7 @@ def test_pending_parameter_gathers_are_finished_first(name, two):
 
 def test_what_would_act_on_the_wrong_policy_is_refused(one):
     (messages,) = kit.of(one, "refusals")
-    named = ("an optimizer step", "saving a checkpoint", "an export", "another swap")
+    named = ("an optimizer step", "saving a checkpoint", "exporting", "another swap")
     for action, message in zip(named, messages, strict=True):
         assert message.startswith(f"{action} while the reference weights are swapped in")
 

@@ -41,7 +41,7 @@ FULL = (
 # The same objective said in other words: the preference weight multiplies both classes' weights.
 HALVED = (
     "model.kto.preference_loss_weight=0.5",
-    "model.kto.desirable_loss_weight=1.5",
+    "model.kto.desirable_loss_weight=3.0",
     "model.kto.undesirable_loss_weight=2.5",
 )
 SCORE_4 = "model.kto.log_prob_forward_micro_batch_size=4"

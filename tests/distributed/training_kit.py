@@ -129,8 +129,9 @@ class Run:
         from nemo_kto.training.step import KTOStep
 
         self.setup, self.hf_dir, self.steps_done = setup, policy, 0
+        self.arch = read_architecture(policy)
         self.groups = groups = launch.start(setup.tp, setup.pp, seed=7)
-        arch, optim = read_architecture(policy), _optim(setup)
+        arch, optim = self.arch, _optim(setup)
         network = PlainNetwork(hidden_dropout=setup.dropout, attention_dropout=setup.dropout)
         self.chunks = wrap_data_parallel(build_gpt(arch, network, bf16=setup.bf16, groups=groups), optim)
         load_weights(self.chunks, arch, reference or policy, groups)
@@ -141,7 +142,7 @@ class Run:
         self.reference = SwapReference(self.swap, self.passes, micro_batch_size=MICRO_BATCH, needs_kl=True)
         self.step = KTOStep(self.passes, self.reference, _settings(), groups, MICRO_BATCH)
         self.optimizer = LightningMegatronOptimizer(
-            build_optimizer(self.chunks, optim, bf16=setup.bf16, clip_grad=1.0)
+            build_optimizer(self.chunks, optim, bf16=setup.bf16, clip_grad=1.0), self.chunks
         )
 
     def train(self, steps: int) -> list[dict[str, float]]:
@@ -155,7 +156,6 @@ class Run:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
             sums = self.step.train(batch(self.steps_done, self.groups))
-            self.swap.require_policy("an optimizer step")
             self.optimizer.step()
             self.steps_done += 1
             records.append({**sums, "grad_norm": self.optimizer.grad_norm})
