@@ -11,7 +11,7 @@ WORDS = (
     "the film is a quiet slow bright dull moving clumsy warm tired story about two people who leave the old town and "
     "never look back with music that is lovely awful great boring and a cast of actors i liked hated and forgot "
     "product works breaks fast battery lasts long screen looks sharp cheap sound price good bad"
-).split()  # noqa: SIM905 - a list of sixty strings reads worse
+).split()
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

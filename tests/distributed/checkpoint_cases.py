@@ -25,6 +25,7 @@ SAME_LAYOUT = {
 SAME_LAYOUT_TWO = {
     "dp2 fp32 sharded": Setup(optimizer="distributed_fused_adam"),
     "dp2 bf16 sharded": Setup(optimizer="distributed_fused_adam", bf16=True),
+    "dp2 overlapped": Setup(optimizer="distributed_fused_adam", overlap=True),
     "tp2": Setup(tp=2),
     "pp2": Setup(pp=2, optimizer="distributed_fused_adam"),
 }
