@@ -72,10 +72,10 @@ def shutdown() -> None:
 
 
 def _join(world: World, backend: str) -> None:
-    if world.launched:
+    if world.size > 1 or "MASTER_ADDR" in os.environ:
         address, port = meeting_point()
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=1, timeout=TIMEOUT)

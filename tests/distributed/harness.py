@@ -60,14 +60,15 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
     with tempfile.TemporaryDirectory(prefix="ranks-") as name, _environment(world_size):
         folder = Path(name)
         context = mp.get_context("spawn")
+        deadline = time.time() + timeout  # of the wall clock, which processes share
         ranks = [
-            context.Process(target=_rank_main, args=(rank, world_size, folder, timeout, fn, args))
+            context.Process(target=_rank_main, args=(rank, world_size, folder, deadline, fn, args))
             for rank in range(world_size)
         ]
         try:
             for process in ranks:
                 process.start()
-            in_time = _await(ranks, time.monotonic() + timeout)
+            in_time = _await(ranks, time.monotonic() + deadline - time.time())
         finally:
             _take_down(ranks)
         if not in_time or any(process.exitcode != 0 for process in ranks):
@@ -76,10 +77,11 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
 
 
 def _rank_main(
-    rank: int, world_size: int, folder: Path, timeout: float, fn: Callable[..., Any], args: tuple[Any, ...]
+    rank: int, world_size: int, folder: Path, deadline: float, fn: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     stacks = (folder / f"{rank}.stacks").open("w")
-    faulthandler.dump_traceback_later(max(0.5, timeout - 1.5), file=stacks)
+    left = max(5.0, deadline - time.time())  # starting this process has taken some of the time
+    faulthandler.dump_traceback_later(left - 3.0, file=stacks)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     try:
@@ -88,7 +90,7 @@ def _rank_main(
             init_method=f"file://{folder / 'store'}",  # a port could be taken between choosing and binding it
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=timeout),
+            timeout=timedelta(seconds=left),
         )
         torch.save(fn(rank, *args), folder / f"{rank}.result")
         if dist.is_initialized():

@@ -69,7 +69,8 @@ def train(root: Path, out: str, *words: str, command: tuple[str, ...] = PLAIN, c
     return Run(done.returncode, done.stdout, done.stderr, root / out)
 
 
-TOP_K = "exp_manager.checkpoint_callback_params.save_top_k"
+CALLBACK = "exp_manager.checkpoint_callback_params"
+TOP_K = f"{CALLBACK}.save_top_k"
 EXACT = ("model.data.num_workers=2", "trainer.kto.save_interval=3", f"{TOP_K}=-1")
 DROPOUT = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1", "trainer.kto.max_epochs=2")
 
@@ -87,13 +88,16 @@ def halves_runs(root: Path) -> Run:
 
 
 def watched_run(root: Path) -> Run:
-    """Validated on one batch after every step; three batches per epoch, as a number."""
+    """Validated on one batch after every step; three batches per epoch, as a number.
+
+    Its best checkpoint is the one with the smallest margin: training widens it, so that the newest is not the best.
+    """
     return train(
         root,
         "watched",
         *DROPOUT,
         *("trainer.kto.val_check_interval=1", "trainer.kto.limit_val_batches=1", "trainer.kto.limit_train_batches=3"),
-        f"{TOP_K}=1",
+        *(f"{TOP_K}=1", f"{CALLBACK}.monitor=val/rewards/margins", f"{CALLBACK}.mode=min"),
     )
 
 
