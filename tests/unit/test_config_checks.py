@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nemo_kto.config import checks
+from nemo_kto.config.architecture import read_architecture
 from nemo_kto.config.architecture import Architecture
 from nemo_kto.config.load import load_config
 from nemo_kto.errors import ConfigError
@@ -125,6 +126,8 @@ CASES = [
         2,
         f"model.data.seq_length=101 is not a multiple of {TP}=2",
     ),
+    # every number
+    (["model.optim.lr=inf"], 1, "model.optim.lr=inf must be a finite number"),
     # layout
     (["model.sequence_parallel=true"], 1, f"model.sequence_parallel=true needs {TP} above 1"),
     ([f"{TP}=2", f"{PP}=2"], 6, f"world size 6 is not a multiple of {TP} 2 x {PP} 2 = 4: start a multiple of 4"),
@@ -225,3 +228,18 @@ def test_rows_must_fit_the_model():
         checks.check_length(architecture(256), 257)
     with pytest.raises(ConfigError, match=r"model.data.seq_length=129 is above the model's sliding_window 128"):
         checks.check_length(architecture(256, window=128), 129)
+
+
+@pytest.mark.parametrize(("method", "unit", "pipeline"), [("uniform", 3, 1), ("block", 5, 1), ("uniform", 4, 2)])
+def test_recomputed_units_must_fit_a_stage(tiny_llama, method, unit, pipeline):
+    config = load_config(
+        [
+            *GIVEN,
+            "model.activations_checkpoint_granularity=full",
+            f"model.activations_checkpoint_method={method}",
+            f"model.activations_checkpoint_num_layers={unit}",
+            f"{PP}={pipeline}",
+        ]
+    )
+    with pytest.raises(ConfigError, match=f"activations_checkpoint_num_layers={unit} does not fit the"):
+        checks.check_recompute(read_architecture(tiny_llama), config.model)
