@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from nemo_kto.config import checks
-from nemo_kto.config.architecture import read_architecture
-from nemo_kto.config.architecture import Architecture
+from nemo_kto.config.architecture import Architecture, read_architecture
 from nemo_kto.config.load import load_config
 from nemo_kto.errors import ConfigError
 
