@@ -40,7 +40,7 @@ ALIGNER: dict[str, Any] = {
         "max_steps": "${.kto.max_steps}",
     },
     "exp_manager": {
-        "explicit_log_dir": "/tmp/aligner",
+        "explicit_log_dir": "results/aligner",
         "exp_dir": None,
         "name": "aligner_run",
         "max_time_per_run": "${trainer.max_time}",
@@ -186,7 +186,7 @@ def test_the_messages_lead_all_the_way(tmp_path):
     assert (config.trainer.kto.max_epochs, config.trainer.kto.max_steps) == (3, 500)
     assert config.trainer.kto.gradient_clip_val == 0.7
     assert config.exp_manager.max_time_per_run == "00:03:50:00"
-    assert config.exp_manager.explicit_log_dir == "/tmp/aligner"
+    assert config.exp_manager.explicit_log_dir == "results/aligner"
     assert (config.model.data.seq_length, config.model.seed) == (4096, 99)
     assert config.model.data.data_prefix.validation == ["valid.jsonl"]
     assert (optim.lr, optim.betas, optim.sched.warmup_steps) == (9e-7, [0.9, 0.95], 20)
