@@ -144,8 +144,8 @@ def test_a_config_is_frozen_and_survives_its_yaml(tmp_path):
         ("model.optim.lr=${model.nothing}", "model.optim.lr: Interpolation key 'model.nothing' not found"),
         ("model.optim.lr=${model.optim.lr}", "model.optim.lr: Recursive interpolation"),
         (
-            "model.optim.lr='${multiply:2,3}'",
-            "model.optim.lr: Unsupported interpolation type multiply; write",
+            "model.optim.lr='${no_such:2,3}'",
+            "model.optim.lr: Unsupported interpolation type no_such; write",
         ),
         ("model.seed='${oc.env:NOT_THERE}'", "model.seed: KeyError raised while resolving interpolation"),
     ],
