@@ -66,7 +66,13 @@ def resume_path(exp: ExpManagerConfig) -> Path | None:
             raise CheckpointError(
                 f"exp_manager.resume_from_checkpoint={exp.resume_from_checkpoint} holds no metadata.json"
             )
-        return Path(exp.resume_from_checkpoint)
+        asked = Path(exp.resume_from_checkpoint)
+        if newest is not None and asked.resolve() != newest.resolve():
+            raise CheckpointError(
+                f"exp_manager.resume_from_checkpoint={asked}, but {newest} is of a run in this directory already: "
+                "choose another exp_manager.explicit_log_dir"
+            )
+        return asked
     if not exp.resume_if_exists and newest is not None:
         raise CheckpointError(
             f"{newest} is of an earlier run: choose another exp_manager.explicit_log_dir, or set "
