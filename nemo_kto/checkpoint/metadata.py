@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 from typing import Any
+
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from nemo_kto.errors import CheckpointError
 
@@ -30,20 +33,37 @@ _CLASSES = {
 }
 
 
-def check_metadata(checkpoint: Path) -> None:
-    """Refuse a checkpoint whose index would run code when unpickled.
+def check_metadata(checkpoint: Path, tensors: Iterable[str]) -> None:
+    """Refuse a checkpoint that would run code when it is read.
+
+    torch unpickles its index, and whatever the index declares to be an object where a tensor is asked for.
+
+    Args:
+        checkpoint: the directory.
+        tensors: names that are going to be read as tensors.
 
     Raises:
-        CheckpointError: the index is missing, damaged, or names anything but the data classes torch writes there.
+        CheckpointError: the index is missing, damaged, names anything but the data classes torch writes there, declares
+            a pickled object in place of a tensor, or points out of the directory.
     """
     path = checkpoint / _METADATA
     try:
         with path.open("rb") as file:
-            _DataOnly(file).load()
+            index = _DataOnly(file).load()
+        pickled = [name for name in tensors if isinstance(index.state_dict_metadata.get(name), BytesStorageMetadata)]
+        outside = [info.relative_path for info in index.storage_data.values() if _leaves(info.relative_path)]
     except _ForbiddenError as error:
         raise CheckpointError(f"{path} asks for {error}, which no checkpoint index holds: it may run code") from None
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+    if pickled:
+        raise CheckpointError(f"{path} holds a pickled object where the tensor {pickled[0]} belongs: it may run code")
+    if outside:
+        raise CheckpointError(f"{path} points to {outside[0]}, outside the checkpoint")
+
+
+def _leaves(relative: str) -> bool:
+    return relative.startswith("/") or ".." in PurePosixPath(relative).parts
 
 
 class _ForbiddenError(Exception):

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_kto import interrupts
 from nemo_kto.cli.processes import run_processes
 from nemo_kto.config.world import World, world_from_environment
 from nemo_kto.errors import ConfigError
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked cheaply, then train."""
+    interrupts.listen()  # a signal may come while heavy packages are imported
     from nemo_kto.config.load import load_config, to_yaml
     from nemo_kto.quiet import quiet
 

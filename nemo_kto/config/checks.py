@@ -141,7 +141,9 @@ def _exp_manager(exp: ExpManagerConfig) -> Iterator[str]:
     prefix = "exp_manager.checkpoint_callback_params"
     yield from _one_of(f"{prefix}.monitor", params.monitor, MONITORS)
     yield from _one_of(f"{prefix}.mode", params.mode, ("min", "max"))
-    yield from _at_least(-1, **{f"{prefix.replace('.', '__')}__save_top_k": params.save_top_k})
+    keys = prefix.replace(".", "__")
+    yield from _at_least(-1, **{f"{keys}__save_top_k": params.save_top_k})
+    yield from _at_least(1, **{f"{keys}__save_last_k": params.save_last_k})
     if exp.max_time_per_run is not None and not re.fullmatch(r"\d\d:\d\d:\d\d:\d\d", exp.max_time_per_run):
         yield f'exp_manager.max_time_per_run={exp.max_time_per_run} is not "DD:HH:MM:SS", such as "00:03:50:00"'
 

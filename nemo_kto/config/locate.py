@@ -40,15 +40,13 @@ def hf_side(path: str | Path) -> Path:
 
 
 def checkpoint_steps(log_dir: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of the whole checkpoints of a run, oldest first."""
-    found = [
-        (_step_of(path), path) for path in (log_dir / "checkpoints").glob("step-*") if is_megatron_checkpoint(path)
-    ]
+    """(step, directory) of the checkpoints of a run, oldest first. They got their names when they were whole."""
+    found = [(_step_of(path), path) for path in (log_dir / "checkpoints").glob("step-*") if path.is_dir()]
     return sorted((step, path) for step, path in found if step is not None)
 
 
 def newest_checkpoint(log_dir: Path) -> Path | None:
-    """The whole checkpoint of the latest step, if there is one."""
+    """The checkpoint of the latest step, if there is one."""
     steps = checkpoint_steps(log_dir)
     return steps[-1][1] if steps else None
 

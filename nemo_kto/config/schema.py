@@ -42,6 +42,8 @@ class CheckpointCallbackConfig:
     monitor: str
     mode: str
     save_top_k: int
+    save_last_k: int
+    async_save: bool
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class ExpManagerConfig:
     resume_if_exists: bool
     resume_ignore_no_checkpoint: bool
     resume_from_checkpoint: str | None
+    resume_with_changes: bool
     create_checkpoint_callback: bool
     checkpoint_callback_params: CheckpointCallbackConfig
 

@@ -1,85 +1,191 @@
-"""When to save and which checkpoints stay. How a checkpoint is written is the strategy's business."""
+"""What happens between two steps: saving, and stopping before the last one. How a checkpoint is written is not here."""
 
 from __future__ import annotations
 
-import json
-import shutil
+import logging
+import time
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nemo_kto.config.locate import checkpoint_steps
+from nemo_kto import interrupts
+from nemo_kto.checkpoint.retention import Retention
+from nemo_kto.errors import CheckpointError, StoppedEarlyError
+from nemo_kto.training.stopping import StopAgreement
 
-LATEST = "latest_checkpoint.txt"
-"""File in the log directory that names the newest checkpoint."""
+logger = logging.getLogger(__name__)
 
 
-class MegatronCheckpoint(Checkpoint):
-    """Saves every ``save_interval`` steps, after each validation that can rank it, and at the end.
+class CheckpointKeeper:
+    """Saves a run's checkpoints and decides which stay. A save that fails is said and never ends the training.
 
     Args:
         log_dir: the run's directory; checkpoints go to ``checkpoints/step-NNNNNN``.
         save_interval: optimizer steps between checkpoints.
         monitor: validation metric that ranks checkpoints.
-        mode: ``min`` or ``max``.
-        save_top_k: how many of the best to keep besides the newest; -1 keeps all, 0 none.
+        retention: which ones stay.
+        ranks_best: whether every validation is followed by a checkpoint, so that it may be among the best.
     """
 
-    def __init__(self, log_dir: Path, save_interval: int, monitor: str, mode: str, save_top_k: int) -> None:
+    def __init__(
+        self, log_dir: Path, save_interval: int, monitor: str, retention: Retention, *, ranks_best: bool
+    ) -> None:
         self._log_dir = log_dir
         self._save_interval = save_interval
         self._monitor = monitor
-        self._sign = 1.0 if mode == "min" else -1.0
-        self._top_k = save_top_k
-        self._scores_file = log_dir / "checkpoints" / "scores.json"
-        self._scores: dict[int, float] = {}
-        self._last_saved: int | None = None
+        self._retention = retention
+        self._ranks_best = ranks_best
+        self._validated: int | None = None
+        self._saved: int | None = None
+        self.failure: CheckpointError | None = None
+        """Why the newest attempt to save failed; None where it did not."""
+
+    def start(self, trainer: Trainer) -> None:
+        """Begin at the step the trainer has reached: its checkpoint, if any, exists already."""
+        self._saved = trainer.global_step
+        self._retention.load_scores(trainer.global_step)
+
+    def validated(self, trainer: Trainer) -> None:
+        """Note what the weights of this step scored."""
+        value = trainer.callback_metrics.get(self._monitor)
+        if value is None or not self._ranks_best:
+            return
+        self._validated = trainer.global_step
+        if trainer.is_global_zero:
+            _or_say(lambda: self._retention.score(trainer.global_step, float(value)))
+
+    def between_steps(self, trainer: Trainer) -> None:
+        """Publish what has been written meanwhile, and save if it is time to. All ranks call it."""
+        self._finish(trainer, wait=False)
+        step = trainer.global_step
+        if step % self._save_interval == 0 or step == self._validated:
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Save this step, unless it is saved."""
+        step = trainer.global_step
+        if step == self._saved:
+            return
+        self._finish(trainer, wait=True)
+        target, began = self._log_dir / "checkpoints" / f"step-{step:06d}", time.monotonic()
+        try:
+            trainer.save_checkpoint(target)
+        except CheckpointError as error:
+            self._failed(trainer, error)
+            return
+        self._saved, self.failure = step, None
+        logger.info("saved %s, training waited %.1f s", target.name, time.monotonic() - began)
+        if not trainer.strategy.writer.is_writing:
+            self._published(trainer, target)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Save this step, and wait until everything is written."""
+        self.save(trainer)
+        self.drain(trainer)
+
+    def drain(self, trainer: Trainer) -> None:
+        """Wait until everything that was begun is written."""
+        self._finish(trainer, wait=True)
+
+    def _finish(self, trainer: Trainer, *, wait: bool) -> None:
+        try:
+            written = trainer.strategy.writer.finish(wait=wait)
+        except CheckpointError as error:
+            self._failed(trainer, error)
+            return
+        if written is not None:
+            self._published(trainer, written)
+
+    def _published(self, trainer: Trainer, checkpoint: Path) -> None:
+        if trainer.is_global_zero:
+            _or_say(lambda: self._retention.published(checkpoint))
+
+    def _failed(self, trainer: Trainer, error: CheckpointError) -> None:
+        self.failure, self._saved = error, None
+        if trainer.is_global_zero:
+            logger.error(
+                "NO CHECKPOINT of step %d: %s. Training goes on; older checkpoints stay", trainer.global_step, error
+            )
+
+
+class StepBoundary(Callback):
+    """Between two steps, when the first one's validation is done: save if it is time to, and stop if told to.
+
+    It acts when the next step is about to start, not when a step has ended: a checkpoint then holds its step's
+    validation too, and a run that goes on from it repeats and misses nothing.
+
+    Args:
+        keeper: saves; None where the run keeps no checkpoints.
+        agreement: tells whether to stop.
+        total_steps: of the run.
+    """
+
+    def __init__(self, keeper: CheckpointKeeper | None, agreement: StopAgreement, total_steps: int) -> None:
+        self._keeper = keeper
+        self._agreement = agreement
+        self._total_steps = total_steps
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over the scores of the checkpoints before a resume."""
-        if self._scores_file.is_file():
-            known = json.loads(self._scores_file.read_text(encoding="utf-8"))
-            self._scores = {int(step): float(score) for step, score in known.items()}
+        """Take signals back from Lightning, which would end the run where it stands."""
+        interrupts.listen()
+        trainer._signal_connector.received_sigterm = False
+        if self._keeper is not None:
+            self._keeper.start(trainer)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save on the interval."""
-        if trainer.global_step % self._save_interval == 0:
-            self._save(trainer)
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Save and stop, before the next step touches anything.
+
+        Raises:
+            StoppedEarlyError: on all ranks, if one of them was told to stop.
+        """
+        began = time.perf_counter()
+        reason = self._agreement.reason(trainer.strategy.groups.device)
+        if self._keeper is not None:
+            self._keeper.between_steps(trainer)
+            if reason is not None:
+                self._keeper.finish(trainer)
+        if reason is not None:
+            raise StoppedEarlyError(self._stopped(trainer, reason))
+        pl_module.pause(time.perf_counter() - began)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Rank the weights just validated, and save them if they may be among the best."""
-        value = trainer.callback_metrics.get(self._monitor)
-        if trainer.sanity_checking or value is None or self._top_k == 0:
-            return
-        self._scores[trainer.global_step] = self._sign * float(value)
-        if trainer.is_global_zero:
-            # not in the checkpoint: that of this step may have been written before it was validated
-            self._scores_file.parent.mkdir(exist_ok=True)
-            self._scores_file.write_text(json.dumps(self._scores), encoding="utf-8")
-        self._save(trainer)
+        """Rank the weights just validated."""
+        if self._keeper is not None and not trainer.sanity_checking:
+            self._keeper.validated(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last step."""
-        self._save(trainer)
+        """Save the last step.
 
-    def _save(self, trainer: Trainer) -> None:
-        step = trainer.global_step
-        target = self._log_dir / "checkpoints" / f"step-{step:06d}"
-        if step != self._last_saved and not target.exists():
-            trainer.save_checkpoint(target)
-        self._last_saved = step
-        if trainer.is_global_zero:
-            (self._log_dir / LATEST).write_text(f"{target}\n", encoding="utf-8")
-            self._forget()
-
-    def _forget(self) -> None:
-        if self._top_k == -1:
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._keeper is None:
             return
-        kept = checkpoint_steps(self._log_dir)
-        ranked = sorted((s for s, _ in kept if s in self._scores), key=lambda step: self._scores[step])
-        keep = {*ranked[: self._top_k], kept[-1][0]} if kept else set()
-        for step, path in kept:
-            if step not in keep:
-                shutil.rmtree(path, ignore_errors=True)
+        self._keeper.finish(trainer)
+        if self._keeper.failure is not None:
+            raise CheckpointError(
+                f"the run is done, but its last checkpoint is not written: {self._keeper.failure}. With room on the "
+                "disk, the same command trains from the newest checkpoint to the end"
+            )
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Publish what is being written, where all ranks stop together."""
+        if self._keeper is not None and isinstance(exception, StoppedEarlyError):
+            self._keeper.drain(trainer)
+
+    def _stopped(self, trainer: Trainer, reason: str) -> str:
+        text = f"stopped by {reason} after step {trainer.global_step} of {self._total_steps}; "
+        if self._keeper is None:
+            return text + "exp_manager.create_checkpoint_callback=false, so nothing was saved"
+        if self._keeper.failure is not None:
+            return text + f"NOT saved: {self._keeper.failure}; the same command goes on from the newest checkpoint"
+        return text + "the same command goes on from there"
+
+
+def _or_say(action: Any) -> None:
+    """Do something that the training can do without."""
+    try:
+        action()
+    except OSError as error:
+        logger.error("%s. Training goes on", error)

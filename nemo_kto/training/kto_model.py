@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -16,10 +17,11 @@ from nemo.core.classes import ModelPT
 from torch import nn
 from torch.utils.data import DataLoader
 
+from nemo_kto.checkpoint.run_reference import RECORD, RunReference
 from nemo_kto.checkpoint.weights import load_weights
-from nemo_kto.config.architecture import read_architecture
-from nemo_kto.config.load import to_container
-from nemo_kto.config.locate import hf_side
+from nemo_kto.config.architecture import Architecture, read_architecture
+from nemo_kto.config.load import to_container, to_yaml
+from nemo_kto.config.locate import hf_side, resume_path
 from nemo_kto.config.schema import Config
 from nemo_kto.data.batch import StepBatch
 from nemo_kto.errors import CheckpointError, StoppedEarlyError
@@ -59,14 +61,16 @@ class MegatronGPTKTOModel(ModelPT):
         self.consumed_samples = 0
         self.trained_steps = 0
         self.chunks: Sequence[nn.Module] = ()
+        self.log_dir = Path(run.exp_manager.explicit_log_dir)
         self.hf_side = hf_side(run.pretrained_checkpoint.restore_from_path)
         self._settings = loss_settings(run.model.kto)
         self._swap: WeightSwap | None = None
         self._step: KTOStep | None = None
+        self._reference_identity: str | None = None
         self._validation_sums: dict[str, float] = {}
         self._validation_pairs = 0
         self._step_started = time.perf_counter()
-        self._metrics_file = MetricsFile(Path(run.exp_manager.explicit_log_dir) / "metrics.jsonl")
+        self._metrics_file = MetricsFile(self.log_dir / "metrics.jsonl")
 
     # -- what ModelPT wants to know
 
@@ -97,7 +101,7 @@ class MegatronGPTKTOModel(ModelPT):
         if self.trainer.state.fn == TrainerFn.FITTING:
             chunks = wrap_data_parallel(chunks, model.optim)
         self.chunks = nn.ModuleList(chunks)
-        load_weights(self.chunks, arch, model.kto.reference_from_path, groups)
+        self._take_reference(arch)
         self._swap = WeightSwap(self.chunks, HostWeights(self.chunks))
         if model.kto.reference_from_path != self.run.pretrained_checkpoint.restore_from_path:
             load_weights(self.chunks, arch, self.run.pretrained_checkpoint.restore_from_path, groups)
@@ -105,6 +109,19 @@ class MegatronGPTKTOModel(ModelPT):
         rows = model.kto.log_prob_forward_micro_batch_size
         reference = SwapReference(self._swap, passes, micro_batch_size=rows, needs_kl=self._settings.needs_kl)
         self._step = KTOStep(passes, reference, self._settings, groups, rows)
+
+    def _take_reference(self, arch: Architecture) -> None:
+        """Fill the live parameters with the reference, which a run keeps from its start on."""
+        exp, fitting = self.run.exp_manager, self.trainer.state.fn == TrainerFn.FITTING
+        reference = RunReference(self.log_dir, self.run.model.kto.reference_from_path, self.hf_side)
+        self._reference_identity = reference.settle(
+            self.chunks,
+            arch,
+            self.trainer.strategy.groups,
+            resume_from=resume_path(exp) if fitting else None,
+            may_differ=exp.resume_with_changes,
+            keep=fitting and exp.create_checkpoint_callback,
+        )
 
     @property
     def swap(self) -> WeightSwap:
@@ -157,8 +174,15 @@ class MegatronGPTKTOModel(ModelPT):
         return self._step
 
     def on_train_start(self) -> None:
-        """Start the clock of the first step."""
+        """Put random streams and metrics.jsonl where the first step expects them, and start its clock."""
+        self.trainer.strategy.restore_random_streams()
+        if self.trainer.is_global_zero:
+            self._metrics_file.go_back_to(self.trainer.global_step)
         self._step_started = time.perf_counter()
+
+    def pause(self, seconds: float) -> None:
+        """Leave time that was spent on something else out of the step's."""
+        self._step_started += seconds
 
     def _report(self, metrics: Metrics, batch: StepBatch, rate: float, grad_norm: float) -> None:
         now = time.perf_counter()
@@ -231,6 +255,19 @@ class MegatronGPTKTOModel(ModelPT):
     def transfer_batch_to_device(self, batch: StepBatch, device: torch.device, dataloader_idx: int) -> StepBatch:
         """Move every micro-batch's tensors."""
         return batch.to(device)
+
+    def documents(self) -> dict[str, str]:
+        """What a checkpoint says about its run, in files that need no torch to be read."""
+        groups = self.trainer.strategy.groups
+        record = {
+            "step": self.trainer.global_step,
+            "consumed_samples": self.consumed_samples,
+            "global_batch_size": self.run.model.global_batch_size,
+            "layout": {"tensor": groups.tp_size, "pipeline": groups.pp_size, "data": groups.dp_size},
+            "reference": self._reference_identity,
+            "identity": self.data.identity,
+        }
+        return {RECORD: json.dumps(record, indent=1), "config.yaml": to_yaml(self.run)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep where the data stands."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import resource
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ from typing import Any, TypeAlias
 import torch
 
 from nemo_kto.objective.counts import BatchCounts
+
+logger = logging.getLogger(__name__)
 
 Metrics: TypeAlias = dict[str, float | int | None]
 """Metric values by name; None where a mean has no row to be taken over."""
@@ -71,11 +74,57 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._unwritten: list[str] = []
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """Append one object."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({key: _json_value(value) for key, value in metrics.items()}) + "\n")
+        """Append one object. Lines that a full disk refuses are said once, kept, and written when there is room."""
+        self._unwritten.append(json.dumps({key: _json_value(value) for key, value in metrics.items()}) + "\n")
+        text = "".join(self._unwritten)
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                start = file.tell()
+                try:
+                    file.write(text)
+                    file.flush()
+                except OSError:
+                    file.truncate(start)  # no half line, which the next attempt would continue
+                    raise
+        except OSError as error:
+            if len(self._unwritten) == 1:
+                logger.error("%s cannot be written (%s): its lines wait for room. Training goes on", self._path, error)
+            return
+        self._unwritten.clear()
+
+    def go_back_to(self, step: int) -> None:
+        """Drop the lines of steps after ``step``, which a run that resumes there writes again, and half a last line.
+
+        Where a run begins anew in a used directory, the lines of the run before are set aside whole.
+        """
+        if not self._path.is_file():
+            return
+        if step == 0:
+            self._path.replace(_unused(self._path))
+            return
+        lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if _is_up_to(step, line)]
+        if len(kept) < len(lines):
+            draft = self._path.with_name(f".{self._path.name}.draft")
+            draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            draft.replace(self._path)
+
+
+def _is_up_to(step: int, line: str) -> bool:
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _unused(path: Path) -> Path:
+    number = 1
+    while (aside := path.with_name(f"{path.stem}.before-{number}{path.suffix}")).exists():
+        number += 1
+    return aside
 
 
 def _mean(total: float, count: int) -> float | None:

@@ -33,6 +33,7 @@ class RunData:
     def __init__(self, config: Config, train: TokenStore, validation: TokenStore | None) -> None:
         loop, model = config.trainer.kto, config.model
         self._config, self._train_store, self._validation_store = config, train, validation
+        self.identity: dict[str, object] = {}
         self.train_summary = train.summary
         self.validation_summary = None if validation is None else validation.summary
         self.train_sampler = GlobalBatchSampler(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +17,16 @@ from nemo.utils.app_state import AppState
 
 from nemo_kto import launch
 from nemo_kto.checkpoint import dist as dist_checkpoint
+from nemo_kto.checkpoint import random_state
+from nemo_kto.checkpoint.recovery import whole_checkpoint
+from nemo_kto.checkpoint.saving import CheckpointWriter, Contents
 from nemo_kto.config.world import World
 from nemo_kto.distributed import groups as parallel
 from nemo_kto.distributed.groups import ParallelGroups
 from nemo_kto.training.environment import LaunchedEnvironment
 from nemo_kto.training.optim import LightningMegatronOptimizer, prime_state
+
+logger = logging.getLogger(__name__)
 
 
 class MegatronStrategy(DDPStrategy):
@@ -30,14 +37,26 @@ class MegatronStrategy(DDPStrategy):
         pipeline_parallel: PP size; the rest of the world is data parallel.
         seed: of Megatron's random streams.
         world: this process among all of the job.
+        asynchronous_save: whether checkpoints are written beside the training.
     """
 
-    def __init__(self, tensor_parallel: int, pipeline_parallel: int, seed: int, world: World) -> None:
+    def __init__(
+        self,
+        tensor_parallel: int,
+        pipeline_parallel: int,
+        seed: int,
+        world: World,
+        *,
+        asynchronous_save: bool = False,
+    ) -> None:
         environment = LaunchedEnvironment(world) if world.launched else None
         super().__init__(timeout=launch.TIMEOUT, cluster_environment=environment)
         self._sizes = (tensor_parallel, pipeline_parallel)
         self._seed = seed
         self._groups: ParallelGroups | None = None
+        self._random_streams: random_state.Streams | None = None
+        self.writer = CheckpointWriter(asynchronous=asynchronous_save)
+        """Writes this run's checkpoints."""
 
     @property
     def groups(self) -> ParallelGroups:
@@ -82,19 +101,55 @@ class MegatronStrategy(DDPStrategy):
         return {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
-        """Write Lightning's loop state, and Megatron's weights and optimizer state, as one distributed checkpoint."""
+        """Write Lightning's loop state, and Megatron's weights and optimizer state, as one distributed checkpoint.
+
+        Raises:
+            CheckpointError: on every rank: it cannot be written.
+        """
         model = self._kto_model
-        common = {key: _plain(checkpoint[key]) for key in _LOOP_STATE}
-        optimizer = self._megatron_optimizer.megatron
-        dist_checkpoint.save(model.chunks, optimizer, common, model.hf_side, filepath, self.groups)
+        contents = Contents(
+            model.hf_side,
+            self._megatron_optimizer.megatron,
+            {key: _plain(checkpoint[key]) for key in _LOOP_STATE},
+            model.documents(),
+            random_streams=True,
+        )
+        self.writer.save(model.chunks, contents, filepath, self.groups)
 
     def load_checkpoint(self, checkpoint_path: _PATH, load_optimizer_states: bool = True) -> dict[str, Any]:
-        """Load weights and optimizer state in place, and return Lightning's loop state."""
-        optimizer = self._megatron_optimizer.megatron
+        """Load weights and optimizer state in place, and return Lightning's loop state.
+
+        A damaged checkpoint of this run's own directory is set aside, and the newest whole one is loaded instead.
+
+        Raises:
+            CheckpointError: none is whole, or it does not fit this run.
+        """
+        optimizer, model = self._megatron_optimizer.megatron, self._kto_model
+        path = whole_checkpoint(Path(checkpoint_path), model.log_dir)
         prime_state(optimizer)
-        common = dist_checkpoint.load(self._kto_model.chunks, optimizer, checkpoint_path, self.groups)
-        _resume_after(common["global_step"], common["loops"]["fit_loop"])
-        return {**common, "epoch": 0, "state_dict": {}, "optimizer_states": [], "lr_schedulers": []}
+        common = dist_checkpoint.load(model.chunks, optimizer, path, self.groups)
+        self._random_streams = random_state.read(path, self.groups)
+        # not global_step: the batch size may have changed
+        step = common["consumed_samples"] // model.run.model.global_batch_size
+        if self.is_global_zero:
+            logger.info("resuming from %s, step %d", path, step)
+            if self._random_streams is None:
+                logger.info("it was saved by another layout: random streams (dropout) begin anew")
+        _resume_after(step, common["loops"]["fit_loop"])
+        return {
+            **common,
+            "epoch": 0,
+            "global_step": step,
+            "state_dict": {},
+            "optimizer_states": [],
+            "lr_schedulers": [],
+        }
+
+    def restore_random_streams(self) -> None:
+        """Put the generators where the checkpoint has them; the last thing before training goes on."""
+        if self._random_streams is not None:
+            random_state.restore(self._random_streams)
+            self._random_streams = None
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Nothing: :meth:`load_checkpoint` has filled the live parameters."""

@@ -6,49 +6,36 @@ import os
 import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from nemo.utils.exp_manager import configure_no_restart_validation_training_loop
 
+from nemo_kto.checkpoint.retention import Retention
 from nemo_kto.config.load import to_yaml
 from nemo_kto.config.locate import newest_checkpoint, resume_path
-from nemo_kto.config.schema import Config, ExpManagerConfig
+from nemo_kto.config.schema import Config, ExpManagerConfig, KTOLoopConfig
 from nemo_kto.config.world import World
-from nemo_kto.errors import ConfigError, StoppedEarlyError
-from nemo_kto.training.checkpointing import MegatronCheckpoint
+from nemo_kto.errors import ConfigError
+from nemo_kto.training.checkpointing import CheckpointKeeper, StepBoundary
 from nemo_kto.training.kto_model import MegatronGPTKTOModel
 from nemo_kto.training.progress import progress_callback
 from nemo_kto.training.run_data import RunData
+from nemo_kto.training.stopping import StopAgreement
 from nemo_kto.training.strategy import MegatronStrategy
-
-
-class RunTimer(Timer):
-    """Lightning's timer per run: time spent before a resume does not count."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to carry over."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to take over."""
 
 
 def fit(config: Config, data: RunData, world: World) -> Path | None:
     """Train, and return the newest checkpoint's directory; None where checkpoints are off.
 
     Raises:
-        StoppedEarlyError: ``max_time_per_run`` ended the run before its last step; it can be resumed.
-        CheckpointError: there is nothing to resume from, or it cannot be read.
+        StoppedEarlyError: a signal or ``max_time_per_run`` ended the run before its last step; it can be resumed.
+        CheckpointError: there is nothing to resume from, it cannot be read, or the last checkpoint cannot be written.
     """
     log_dir = Path(config.exp_manager.explicit_log_dir)
     resume_from = resume_path(config.exp_manager)
     trainer = build_trainer(config, data, world)
     if trainer.is_global_zero:
-        if resume_from is not None:
-            sys.stderr.write(f"resuming from {resume_from}\n")
         (log_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     model = MegatronGPTKTOModel(config, trainer, data)
     try:
@@ -59,40 +46,28 @@ def fit(config: Config, data: RunData, world: World) -> Path | None:
         raise
     if resume_from is not None and model.trained_steps == 0 and trainer.is_global_zero:
         sys.stderr.write(f"nothing to train: {resume_from} has all {data.total_steps} steps of this run\n")
-    if trainer.global_step < data.total_steps:
-        raise StoppedEarlyError(
-            f"stopped after step {trainer.global_step} of {data.total_steps} (exp_manager.max_time_per_run); "
-            "the same command goes on from there"
-        )
     return newest_checkpoint(log_dir) if config.exp_manager.create_checkpoint_callback else None
 
 
 def build_trainer(config: Config, data: RunData, world: World) -> pl.Trainer:
     """A Lightning trainer that leaves precision, clipping, sampling and synchronisation to Megatron and to us."""
     loop, model, exp = config.trainer.kto, config.model, config.exp_manager
-    callbacks: list[pl.Callback] = [progress_callback()]
-    if exp.create_checkpoint_callback:
-        params = exp.checkpoint_callback_params
-        callbacks.append(
-            MegatronCheckpoint(
-                Path(exp.explicit_log_dir), loop.save_interval, params.monitor, params.mode, params.save_top_k
-            )
-        )
-    if exp.max_time_per_run is not None:
-        days, hours, minutes, seconds = (int(part) for part in exp.max_time_per_run.split(":"))
-        limit = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
-        callbacks.append(RunTimer(limit, interval="step"))
+    boundary = StepBoundary(_keeper(exp, loop), StopAgreement(_seconds(exp.max_time_per_run)), data.total_steps)
     trainer = pl.Trainer(
         strategy=MegatronStrategy(
-            model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.seed, world
+            model.tensor_model_parallel_size,
+            model.pipeline_model_parallel_size,
+            model.seed,
+            world,
+            asynchronous_save=exp.checkpoint_callback_params.async_save,
         ),
         accelerator=config.trainer.accelerator,
         devices=world.local_size,
         num_nodes=world.num_nodes,
         precision="32-true",  # Megatron's own wrapper holds the bf16 weights
         logger=_loggers(exp),
-        callbacks=callbacks,
-        enable_checkpointing=exp.create_checkpoint_callback,
+        callbacks=[progress_callback(), boundary],
+        enable_checkpointing=False,  # Lightning's own
         enable_model_summary=False,
         use_distributed_sampler=False,
         inference_mode=False,  # Megatron caches its rotary table: one made in inference mode breaks the next backward
@@ -106,6 +81,22 @@ def build_trainer(config: Config, data: RunData, world: World) -> pl.Trainer:
     # else Lightning repeats, in part, the validation that belongs to the step it resumes from
     configure_no_restart_validation_training_loop(trainer)
     return trainer
+
+
+def _keeper(exp: ExpManagerConfig, loop: KTOLoopConfig) -> CheckpointKeeper | None:
+    if not exp.create_checkpoint_callback:
+        return None
+    log_dir, params = Path(exp.explicit_log_dir), exp.checkpoint_callback_params
+    retention = Retention(log_dir, params.mode, params.save_last_k, params.save_top_k)
+    return CheckpointKeeper(log_dir, loop.save_interval, params.monitor, retention, ranks_best=params.save_top_k != 0)
+
+
+def _seconds(limit: str | None) -> float | None:
+    """``DD:HH:MM:SS`` in seconds."""
+    if limit is None:
+        return None
+    days, hours, minutes, seconds = (int(part) for part in limit.split(":"))
+    return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds).total_seconds()
 
 
 def _require_wandb_login() -> None:

@@ -16,6 +16,7 @@ from training_kit import Run, Setup
 
 SAME_LAYOUT = {
     "fp32": Setup(),
+    "dropout": Setup(dropout=0.1),
     "fp32 sharded": Setup(optimizer="distributed_fused_adam"),
     "sgd momentum": Setup(optimizer="sgd", lr=0.1),
     "sgd": Setup(optimizer="sgd", lr=0.1, momentum=0.0),
@@ -27,6 +28,8 @@ SAME_LAYOUT_TWO = {
     "dp2 bf16 sharded": Setup(optimizer="distributed_fused_adam", bf16=True),
     "dp2 overlapped": Setup(optimizer="distributed_fused_adam", overlap=True),
     "tp2": Setup(tp=2),
+    "tp2 dropout": Setup(tp=2, dropout=0.1),
+    "pp2 dropout": Setup(pp=2, dropout=0.1),
     "pp2": Setup(pp=2, optimizer="distributed_fused_adam"),
 }
 OPTIMIZERS = {"tied": "distributed_fused_adam", "untied": "adamw"}
@@ -228,8 +231,7 @@ def saving_errors(rank: int, root: Path) -> dict[str, tuple[str, str]]:
 
 def killed_save(rank: int, root: Path, moment: str) -> None:
     """Save twice; the second time this process is killed at the given moment."""
-    from nemo_kto.checkpoint import dist  # isort: skip  (prepares a machine without CUDA)
-    from megatron.core.dist_checkpointing import serialization
+    from nemo_kto.checkpoint import manifest, saving
 
     run = Run(Setup(), root / "tied")
     run.train(1)
@@ -242,9 +244,9 @@ def killed_save(rank: int, root: Path, moment: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if moment == "writing":
-        serialization.save_config = die
+        manifest.settle = die
     else:
-        dist._publish = die
+        saving._publish = die
     run.save(root / "killed" / moment / "step-000002")
 
 

@@ -163,18 +163,27 @@ class Run:
 
     def save(self, out: Path, *, optimizer: bool = True) -> None:
         """A checkpoint of weights and optimizer, or of the weights alone."""
-        from nemo_kto.checkpoint import dist
+        from nemo_kto.checkpoint.saving import CheckpointWriter
+
+        CheckpointWriter().save(self.chunks, self.contents(optimizer=optimizer), out, self.groups)
+
+    def contents(self, *, optimizer: bool = True):
+        """What goes along into a checkpoint, as the product puts it there (training/strategy.py)."""
+        from nemo_kto.checkpoint.saving import Contents
 
         megatron = self.optimizer.megatron if optimizer else None
-        dist.save(self.chunks, megatron, {"steps": self.steps_done}, self.hf_dir, out, self.groups)
+        return Contents(self.hf_dir, megatron, {"steps": self.steps_done}, random_streams=optimizer)
 
     def load(self, checkpoint: Path) -> Run:
         """Go on from a checkpoint, as the product does (training/strategy.py)."""
-        from nemo_kto.checkpoint import dist
+        from nemo_kto.checkpoint import dist, random_state
         from nemo_kto.training.optim import prime_state
 
         prime_state(self.optimizer.megatron)
         common = dist.load(self.chunks, self.optimizer.megatron, checkpoint, self.groups)
+        streams = random_state.read(checkpoint, self.groups)
+        if streams is not None:
+            random_state.restore(streams)
         self.steps_done = common["steps"]
         return self
 

@@ -23,7 +23,7 @@ def test_an_index_that_runs_code_is_refused_and_does_not_run(tmp_path):
     mark = tmp_path / "ran"
     (tmp_path / ".metadata").write_bytes(pickle.dumps(_Hostile(mark)))
     with pytest.raises(CheckpointError, match=r"\.metadata asks for .*it may run code"):
-        check_metadata(tmp_path)
+        check_metadata(tmp_path, [])
     assert not mark.exists()
 
 
@@ -32,7 +32,7 @@ def test_what_torchs_modules_import_is_not_within_reach(tmp_path, name):
     call = b"\x80\x04\x8c%c" % len("torch.distributed.checkpoint.planner") + b"torch.distributed.checkpoint.planner"
     (tmp_path / ".metadata").write_bytes(call + b"\x8c%c" % len(name) + name.encode() + b"\x93.")
     with pytest.raises(CheckpointError, match="it may run code"):
-        check_metadata(tmp_path)
+        check_metadata(tmp_path, [])
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a pickle"])
@@ -40,4 +40,4 @@ def test_a_missing_or_damaged_index_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"\.metadata cannot be read"):
-        check_metadata(tmp_path)
+        check_metadata(tmp_path, [])

@@ -16,7 +16,9 @@ MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 50
 
 FLOORS = {
-    **dict.fromkeys(["errors", "config", "objective", "distributed", "cpu_backend", "quiet", "launch"], 1),
+    **dict.fromkeys(
+        ["errors", "config", "objective", "distributed", "cpu_backend", "quiet", "launch", "interrupts"], 1
+    ),
     "data": 2,
     "gpt": 3,
     "checkpoint": 4,

@@ -1,0 +1,122 @@
+"""The reference weights of a run, kept once in its directory, so that a resumed run has the very same reference."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nemo_kto.checkpoint import manifest
+from nemo_kto.checkpoint.dist import damages, load_model, save_model
+from nemo_kto.checkpoint.together import on_first_rank
+from nemo_kto.checkpoint.weights import load_weights
+from nemo_kto.config.architecture import Architecture
+from nemo_kto.distributed.groups import ParallelGroups
+from nemo_kto.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "reference"
+RECORD = "run.json"
+"""File of a checkpoint with what the run was, readable without torch; ``reference`` is the reference's identity."""
+
+
+@dataclass(frozen=True)
+class RunReference:
+    """Where a run keeps its reference.
+
+    Attributes:
+        log_dir: the run's directory.
+        source: model directory that a new run takes its reference from.
+        hf_source: config and tokenizer that go along.
+    """
+
+    log_dir: Path
+    source: str
+    hf_source: Path
+
+    @property
+    def folder(self) -> Path:
+        """The kept weights: a Megatron checkpoint of weights alone."""
+        return self.log_dir / FOLDER
+
+    def settle(
+        self,
+        chunks: Sequence[nn.Module],
+        arch: Architecture,
+        groups: ParallelGroups,
+        *,
+        resume_from: Path | None,
+        may_differ: bool,
+        keep: bool,
+    ) -> str | None:
+        """Load the reference into the live parameters: a new run's from its source, a resumed run's from what it kept.
+
+        Args:
+            chunks: model chunks; hold the reference afterwards.
+            arch: the network.
+            groups: the layout.
+            resume_from: the checkpoint to go on from; None for a new run.
+            may_differ: whether a resumed run may take its reference from ``source`` where the kept one is lost.
+            keep: whether this run keeps checkpoints, and so its reference.
+
+        Returns:
+            The identity of the kept weights: SHA-256 of their manifest; None where nothing is kept.
+
+        Raises:
+            CheckpointError: on every rank: it cannot be read or kept, or is not the one the run was started with.
+        """
+        origin = None if resume_from is None else self._origin(resume_from, may_differ=may_differ)
+        if origin is None:
+            load_weights(chunks, arch, self.source, groups)
+        else:
+            load_model(chunks, origin, groups)
+        if not keep:
+            return None
+        if origin is None or origin.resolve() != self.folder.resolve():
+            on_first_rank(lambda: shutil.rmtree(self.folder, ignore_errors=True), f"{self.folder} cannot be removed")
+            save_model(chunks, self.hf_source, self.folder, groups)
+        return manifest.identity(self.folder)
+
+    def _origin(self, resume_from: Path, *, may_differ: bool) -> Path | None:
+        """What the run that is resumed has kept, checked; None where it is to come from the source."""
+        folder = resume_from.resolve().parents[1] / FOLDER
+        wanted = _recorded(resume_from)
+        if wanted is None:
+            return None  # not one of ours, or of a version that kept no reference
+        problem = _problem(folder, wanted)
+        if problem is None:
+            return folder
+        if not may_differ:
+            raise CheckpointError(
+                f"{problem}: the run cannot go on with the reference it was started with. Put it back from a copy, or "
+                f"set exp_manager.resume_with_changes=true to take it from {self.source} (model.kto.reference_from_path)"
+            )
+        logger.warning("%s: the reference comes from %s", problem, self.source)
+        return None
+
+
+def _problem(folder: Path, wanted: str) -> str | None:
+    found = damages(folder)
+    if found:
+        return found[0]
+    return (
+        None if manifest.identity(folder) == wanted else f"{folder} holds another reference than the checkpoint's run"
+    )
+
+
+def _recorded(checkpoint: Path) -> str | None:
+    """The identity that a checkpoint names, or, where that one is damaged, another one of the same run."""
+    for path in (checkpoint, *sorted(checkpoint.parent.glob("step-*"), reverse=True)):
+        try:
+            record: Any = json.loads((path / RECORD).read_text(encoding="utf-8"))
+            return None if record["reference"] is None else str(record["reference"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
