@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 HEEDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -25,6 +27,20 @@ def listen() -> None:
     _listener = os.getpid()
     for number in HEEDED:
         signal.signal(number, _note)
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """Processes started inside the block never see these signals: launchers and schedulers signal whole groups.
+
+    A blocked signal stays blocked in whatever is started, also by ``exec``; what arrives here meanwhile is delivered
+    when the block ends. Started processes must end by other means, with their parent for instance.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HEEDED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def requested() -> str | None:

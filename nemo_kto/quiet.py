@@ -6,10 +6,13 @@ import logging
 import os
 import warnings
 
-_NOISY_LOGGERS = (
+_TELEMETRY = (
     "nv_one_logger",
     "nv_one_logger.api.config",  # warns that telemetry has no exporter: nothing is collected, which is what we want
+    "nv_one_logger.recorder.default_recorder",  # reports the end of a stopped run as an error
     "nv_one_logger.training_telemetry.api.training_telemetry_provider",
+)
+_NOISY_LOGGERS = (
     "megatron",
     "megatron.core",
     "torch.distributed",
@@ -56,7 +59,15 @@ def _raise_levels() -> None:
         logger = logging.getLogger(name)
         logger.setLevel(logging.ERROR)
         logger.addFilter(_only_errors)
+    for name in _TELEMETRY:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.CRITICAL)
+        logger.addFilter(_nothing)
 
 
 def _only_errors(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
+
+
+def _nothing(_: logging.LogRecord) -> bool:
+    return False

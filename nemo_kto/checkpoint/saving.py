@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
+from nemo_kto import interrupts
 from nemo_kto.checkpoint import manifest, random_state
 from nemo_kto.checkpoint.hf_export import copy_companions
 from nemo_kto.checkpoint.manifest import FileRecord
@@ -179,7 +180,8 @@ def _request(
     sharded, common = save_preprocess(state, True, None)
     streams = random_state.gather(groups) if contents.random_streams else None
     on_first_rank(partial(_write_small, draft, common, contents, streams), f"{draft} cannot be written")
-    request = _TorchDist(*_BACKEND).async_save(sharded, draft)
+    with interrupts.shielded():  # Megatron starts a process for the results of all its writers
+        request = _TorchDist(*_BACKEND).async_save(sharded, draft)
     request.finalize_fns.append(
         lambda: on_first_rank(partial(_publish, draft, target), f"{target} cannot be completed")
     )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from multiprocessing import forkserver
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeAlias
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from nemo_kto import interrupts
 from nemo_kto.config.schema import KTOConfig
 from nemo_kto.data.advice import class_balance_warning
 from nemo_kto.data.batch import KTOBatch, Rows, StepBatch
@@ -140,12 +143,27 @@ def _worker_context() -> Any:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    with interrupts.shielded():
+        forkserver.ensure_running()
     return context
 
 
 def _start_worker(_: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=_leave_when_told, daemon=True).start()
+
+
+def _leave_when_told() -> None:
+    """End this worker on SIGTERM of the training process, and of no other.
+
+    The fork server was started shielded, so the signal is blocked here: a launcher that tells a whole process group to
+    stop would otherwise take away the batches of the steps up to the checkpoint.
+    """
+    parent = multiprocessing.parent_process()
+    while parent is not None:
+        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent.pid:
+            os._exit(1)
 
 
 def _leave_with_parent() -> None:

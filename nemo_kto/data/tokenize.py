@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
 
+from nemo_kto import interrupts
 from nemo_kto.config.schema import DataConfig
 from nemo_kto.data.cache import cache_root, fingerprint, open_or_build
 from nemo_kto.data.encode import Encoder, EncodeSettings, load_tokenizer
@@ -80,7 +81,8 @@ class _Work:
         pending: deque[Future[RowChunk]] = deque()
         try:
             for first, chunk in chunks:
-                pending.append(pool.submit(_encode_in_worker, chunk, first))
+                with interrupts.shielded():  # submitting starts the processes
+                    pending.append(pool.submit(_encode_in_worker, chunk, first))
                 if len(pending) > 2 * self.workers:  # bounds the records in memory
                     yield pending.popleft().result()
             while pending:
