@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-INTEGERS = ("step", "consumed_samples", "num_desirable", "num_undesirable", "kl_pairs", "tokens", "peak_memory_bytes")
+INTEGERS = (
+    *("step", "consumed_samples", "num_desirable", "num_undesirable", "kl_pairs", "tokens", "peak_memory_bytes"),
+    "skipped_steps",
+)
 MEANS = (
     "kl",
     *(f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")),
@@ -23,6 +26,8 @@ VALIDATION = {"step", "epoch", "consumed_samples", *(f"val/{name}" for name in V
 """Keys of a validation's line: the means and counts under ``val/``, and where in the training it took place."""
 NULLABLE = {name for name in MEANS if name.startswith(("rewards/", "logps/"))} - {"rewards/accuracies"}
 """Means over one class, which may have no row, and the margin between both."""
+NOT_FINITE = {"loss", "kl", "grad_norm"}
+"""What may be null, too, in the line of a step that was skipped because of it."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,15 @@ def read_metrics(path: Path) -> list[dict]:
     """The lines of a metrics file, each with exactly the promised keys, of the promised types, without NaN."""
     text = path.read_text(encoding="utf-8")
     lines = [json.loads(line, parse_constant=_refuse) for line in text.splitlines()]
+    skipped = 0
     for line in lines:
+        skipped, before = line.get("skipped_steps", skipped), skipped
+        nullable = NULLABLE | (NOT_FINITE if skipped > before else set())
         assert set(line) == (VALIDATION if "val/loss" in line else TRAINING)
         for key, value in line.items():
             name = key.removeprefix("val/")
             if value is None:
-                assert name in NULLABLE, key
+                assert name in nullable, key
             else:
                 assert isinstance(value, int if name in INTEGERS else float), (key, value)
     return lines

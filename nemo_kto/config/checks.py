@@ -122,6 +122,7 @@ def _trainer(config: Config) -> Iterator[str]:
 def _loop(loop: KTOLoopConfig) -> Iterator[str]:
     yield from _at_least(1, trainer__kto__max_epochs=loop.max_epochs, trainer__kto__save_interval=loop.save_interval)
     yield from _at_least(0, trainer__kto__gradient_clip_val=loop.gradient_clip_val)
+    yield from _at_least(0, trainer__kto__max_consecutive_skips=loop.max_consecutive_skips)
     if loop.max_steps != -1:
         yield from _at_least(1, trainer__kto__max_steps=loop.max_steps)
     for name, value, minimum in (

@@ -17,6 +17,7 @@ class KTOLoopConfig:
     limit_train_batches: int | float
     limit_val_batches: int | float
     gradient_clip_val: float
+    max_consecutive_skips: int
 
 
 @dataclass(frozen=True)

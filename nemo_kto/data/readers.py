@@ -87,12 +87,34 @@ def _iter_jsonl(file: str, problems: Problems) -> Iterator[tuple[int, Any]]:
     try:
         with _open(file) as stream:
             for number, line in enumerate(stream, 1):
-                if line.strip() not in (b"", _BOM):
+                if not _is_blank(line):
                     yield from _parse(file, number, line, problems)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         problems.add(locate(file, number + 1), f"the gzip stream is corrupt ({error}); want a whole gzip file")
     except OSError as error:
         problems.add(file, f"cannot be read ({error.strerror}); want a readable file")
+
+
+def _is_blank(line: bytes) -> bool:
+    return line.strip() in (b"", _BOM)
+
+
+def count_records(file: str) -> tuple[int, list[int]]:
+    """How many records a file that has been read without a problem holds, and which of its lines (from 1) are blank.
+
+    Raises:
+        OSError: it cannot be read any more.
+    """
+    if file.lower().endswith(".parquet"):
+        from pyarrow import parquet
+
+        return int(parquet.read_metadata(file).num_rows), []
+    lines, blank = 0, []
+    with _open(file) as stream:
+        for lines, line in enumerate(stream, 1):
+            if _is_blank(line):
+                blank.append(lines)
+    return lines - len(blank), blank
 
 
 def _open(file: str) -> BinaryIO:

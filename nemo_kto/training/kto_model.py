@@ -24,7 +24,7 @@ from nemo_kto.config.load import to_container, to_yaml
 from nemo_kto.config.locate import hf_side, resume_path
 from nemo_kto.config.schema import Config
 from nemo_kto.data.batch import StepBatch
-from nemo_kto.errors import CheckpointError, StoppedEarlyError
+from nemo_kto.errors import CheckpointError
 from nemo_kto.gpt.build import build_gpt
 from nemo_kto.gpt.forward import Passes
 from nemo_kto.reference.host_weights import HostWeights
@@ -38,6 +38,7 @@ from nemo_kto.training.optim import (
 )
 from nemo_kto.training.run_data import RunData
 from nemo_kto.training.schedule import learning_rate
+from nemo_kto.training.skipped import SkippedSteps
 from nemo_kto.training.step import KTOStep, loss_settings
 
 
@@ -71,6 +72,7 @@ class MegatronGPTKTOModel(ModelPT):
         self._validation_pairs = 0
         self._step_started = time.perf_counter()
         self._metrics_file = MetricsFile(self.log_dir / "metrics.jsonl")
+        self.skips = SkippedSteps(self.log_dir, run.trainer.kto.max_consecutive_skips, data.records_before)
 
     # -- what ModelPT wants to know
 
@@ -141,27 +143,19 @@ class MegatronGPTKTOModel(ModelPT):
         """One optimizer step over one global batch."""
         optimizer = self.optimizers()
         optim = self.run.model.optim
-        rate = learning_rate(self.trainer.global_step, optim, self.data.total_steps)
+        rate = learning_rate(self.skips.taken(self.trainer.global_step), optim, self.data.total_steps)
         set_learning_rate(optimizer.optimizer.megatron, rate, optim.weight_decay)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         sums = self.kto_step.train(batch)
-        self._require_finite("loss", sums["loss"], batch)
-        optimizer.step()
-        self._require_finite("gradient norm", optimizer.optimizer.grad_norm, batch)
+        optimizer.step(loss_is_finite=math.isfinite(sums["loss"]))
         self.consumed_samples += batch.counts.num_samples
         self.trained_steps += 1
-        self._report(named_means(sums, batch.counts, self._settings.beta), batch, rate, optimizer.optimizer.grad_norm)
-
-    def _require_finite(self, what: str, value: float, batch: StepBatch) -> None:
-        """Stop a run that has diverged, before its weights are saved: the newest checkpoint stays a good one."""
-        if not math.isfinite(value):
-            rows = [int(i) for micro_batch in batch for i in micro_batch.index]
-            raise StoppedEarlyError(
-                f"the {what} of step {self.trainer.global_step} is {value} (rows {rows[:8]}... of this rank's data); "
-                "nothing was saved since the newest checkpoint: lower model.optim.lr, or look at these rows"
-            )
+        self.skips.count(taken=optimizer.optimizer.succeeded)
+        norm, step = optimizer.optimizer.grad_norm, self.trainer.global_step
+        self._report(named_means(sums, batch.counts, self._settings.beta), batch, rate, norm)
+        self.skips.report(step, self.consumed_samples, sums["loss"], norm, writes=self.trainer.is_global_zero)
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Restart the clock after checkpoints: they are written between steps."""
@@ -178,6 +172,7 @@ class MegatronGPTKTOModel(ModelPT):
         self.trainer.strategy.restore_random_streams()
         if self.trainer.is_global_zero:
             self._metrics_file.go_back_to(self.trainer.global_step)
+            self.skips.go_back_to(self.trainer.global_step)
         self._step_started = time.perf_counter()
 
     def pause(self, seconds: float) -> None:
@@ -194,6 +189,7 @@ class MegatronGPTKTOModel(ModelPT):
             **metrics,
             "grad_norm": grad_norm,
             "lr": rate,
+            "skipped_steps": self.skips.total,
             "step_time_s": seconds,
             "tokens": batch.counts.num_tokens,
             "tokens_per_second": batch.counts.num_tokens / seconds,
@@ -273,6 +269,7 @@ class MegatronGPTKTOModel(ModelPT):
         """Keep where the data stands."""
         checkpoint["consumed_samples"] = self.consumed_samples
         checkpoint["global_batch_size"] = self.run.model.global_batch_size
+        checkpoint.update(self.skips.state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from where the data stood."""
@@ -282,3 +279,4 @@ class MegatronGPTKTOModel(ModelPT):
                 f"the run was started with model.global_batch_size={there}, not {here}: resume with it"
             )
         self.consumed_samples = checkpoint["consumed_samples"]
+        self.skips.load(checkpoint)

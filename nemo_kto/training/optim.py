@@ -20,6 +20,7 @@ from torch import nn
 from nemo_kto.config.schema import OptimConfig
 from nemo_kto.gpt.live import require_policy
 from nemo_kto.gpt.network import unwrap
+from nemo_kto.training.update import parts, update
 
 
 def wrap_data_parallel(chunks: Sequence[nn.Module], optim: OptimConfig) -> list[nn.Module]:
@@ -68,7 +69,7 @@ def build_optimizer(
         clip_grad=clip_grad or math.inf,
     )
     optimizer = get_megatron_optimizer(config, list(chunks), get_standard_config_overrides(config))
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         _mend(part)
         if part.init_state_fn is None:  # of SGD; Megatron 0.16 calls it before every load all the same
             part.init_state_fn = _nothing_to_prepare
@@ -88,7 +89,7 @@ def prime_state(optimizer: MegatronOptimizer) -> None:
 
     One step with zero gradient, rate and decay; the values it leaves are overwritten by the load.
     """
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         inner = part.optimizer
         if inner is None or inner.state:
             continue
@@ -105,10 +106,6 @@ def prime_state(optimizer: MegatronOptimizer) -> None:
 
 def _nothing_to_prepare(inner: torch.optim.Optimizer, config: OptimizerConfig | None = None) -> None:
     """Before a load; :func:`prime_state` has done it."""
-
-
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def _mend(part: MegatronOptimizer) -> None:
@@ -206,13 +203,27 @@ class LightningMegatronOptimizer(torch.optim.Optimizer):
         """Clear gradients of the masters; the caller zeroes Megatron's gradient buffers."""
         self.megatron.zero_grad(set_to_none)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update; ``succeeded`` and ``grad_norm`` (before clipping) tell how it went."""
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, *, loss_is_finite: bool = True
+    ) -> None:
+        """One update, or none where loss or gradient are not finite: then the gradients are cleared.
+
+        All ranks do the same. ``succeeded`` and ``grad_norm`` (before clipping) tell how it went.
+
+        Args:
+            closure: called first.
+            loss_is_finite: False to skip the update whatever the gradient is.
+        """
         if closure is not None:
             closure()
         require_policy(self._chunks, "an optimizer step")
-        succeeded, norm, _ = self.megatron.step()
-        self.succeeded, self.grad_norm = bool(succeeded), float(norm if norm is not None else 0.0)
+        device = next(self._chunks[0].parameters()).device
+        outcome = update(self.megatron, device, loss_is_finite=loss_is_finite)
+        self.succeeded, self.grad_norm = outcome.taken, outcome.grad_norm
+        if not outcome.taken:
+            for chunk in self._chunks:
+                chunk.zero_grad_buffer()
+            self.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: the strategy saves Megatron's sharded state."""

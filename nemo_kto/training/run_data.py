@@ -8,6 +8,7 @@ from nemo_kto.config.schema import Config
 from nemo_kto.data.batch import StepBatch
 from nemo_kto.data.collate import BatchLayout
 from nemo_kto.data.datamodule import train_loader, validation_loader
+from nemo_kto.data.places import RecordPlaces
 from nemo_kto.data.sampler import GlobalBatchSampler
 from nemo_kto.data.store import TokenStore
 from nemo_kto.objective.counts import BatchCounts
@@ -34,6 +35,7 @@ class RunData:
         loop, model = config.trainer.kto, config.model
         self._config, self._train_store, self._validation_store = config, train, validation
         self.identity: dict[str, object] = {}
+        self._places = RecordPlaces(model.data.data_prefix.train)
         self.train_summary = train.summary
         self.validation_summary = None if validation is None else validation.summary
         self.train_sampler = GlobalBatchSampler(
@@ -82,6 +84,11 @@ class RunData:
         workers = self._config.model.data.num_workers
         layout = self._layout(dp_rank, dp_size)
         return validation_loader(self._validation_store, self.validation_sampler, layout, num_workers=workers)
+
+    def records_before(self, consumed_samples: int) -> list[str]:
+        """Places of the records of the global batch, all ranks' share, that brought it to ``consumed_samples``."""
+        batch = self.train_sampler.batch_indices(self.train_sampler.step_at(consumed_samples) - 1)
+        return self._places.where(self._train_store.record_index[batch].tolist())
 
     def _layout(self, dp_rank: int, dp_size: int) -> BatchLayout:
         model = self._config.model

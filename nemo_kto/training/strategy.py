@@ -183,6 +183,8 @@ _LOOP_STATE = (
     "callbacks",
     "consumed_samples",
     "global_batch_size",
+    "skipped_steps",
+    "consecutive_skips",
 )
 """What of Lightning's checkpoint goes along; hyper-parameters do not: the run's config is the user's to give."""
 

@@ -29,6 +29,7 @@ CASES = [
     (["trainer.kto.max_epochs=0"], 1, "trainer.kto.max_epochs=0 must be at least 1"),
     (["trainer.kto.save_interval=0"], 1, "trainer.kto.save_interval=0 must be at least 1"),
     (["trainer.kto.gradient_clip_val=-1"], 1, "trainer.kto.gradient_clip_val=-1.0 must be at least 0"),
+    (["trainer.kto.max_consecutive_skips=-1"], 1, "trainer.kto.max_consecutive_skips=-1 must be at least 0"),
     (["trainer.kto.max_steps=0"], 1, "trainer.kto.max_steps=0 must be at least 1"),
     (["trainer.kto.max_steps=-2"], 1, "trainer.kto.max_steps=-2 must be at least 1"),
     (
