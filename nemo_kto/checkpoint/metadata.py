@@ -43,8 +43,8 @@ def check_metadata(checkpoint: Path, tensors: Iterable[str]) -> None:
         tensors: names that are going to be read as tensors.
 
     Raises:
-        CheckpointError: the index is missing, damaged, names anything but the data classes torch writes there, declares
-            a pickled object in place of a tensor, or points out of the directory.
+        CheckpointError: the index is missing, damaged, names anything but the data classes torch writes there,
+            declares a pickled object in place of a tensor, or points out of the directory.
     """
     path = checkpoint / _METADATA
     try:

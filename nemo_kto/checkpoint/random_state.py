@@ -1,4 +1,4 @@
-"""Random streams of all ranks: taken, put back, and kept as plain tensors. Knows no checkpoint format of Megatron's."""
+"""Random streams of all ranks: taken, put back, and kept as plain tensors. Knows nothing of weights."""
 
 from __future__ import annotations
 

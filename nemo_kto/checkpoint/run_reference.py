@@ -96,7 +96,7 @@ class RunReference:
         if not may_differ:
             raise CheckpointError(
                 f"{problem}: the run cannot go on with the reference it was started with. Put it back from a copy, or "
-                f"set exp_manager.resume_with_changes=true to take it from {self.source} (model.kto.reference_from_path)"
+                f"set exp_manager.resume_with_changes=true to take it from model.kto.reference_from_path={self.source}"
             )
         logger.warning("%s: the reference comes from %s", problem, self.source)
         return None

@@ -1,4 +1,4 @@
-"""What happens between two steps: saving, and stopping before the last one. How a checkpoint is written is not here."""
+"""What happens between two steps: saving, and stopping before the last one. Writes no file itself."""
 
 from __future__ import annotations
 

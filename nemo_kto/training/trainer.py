@@ -6,10 +6,11 @@ import os
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from nemo.utils.exp_manager import configure_no_restart_validation_training_loop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from nemo_kto.checkpoint.retention import Retention
 from nemo_kto.config.load import to_yaml
@@ -23,6 +24,18 @@ from nemo_kto.training.progress import progress_callback
 from nemo_kto.training.run_data import RunData
 from nemo_kto.training.stopping import StopAgreement
 from nemo_kto.training.strategy import MegatronStrategy
+
+
+class _StepLoop(_TrainingEpochLoop):
+    """Lightning's loop over steps, without the validation that it repeats before the first step of a resumed run.
+
+    That one was done before the checkpoint was written. NeMo's loop for this purpose also leaves out the validation
+    that belongs to the first step after the resume.
+    """
+
+    def _should_check_val_fx(self, data_fetcher: Any) -> bool:
+        # A private name of Lightning's, which NeMo overrides too.
+        return self.trainer.lightning_module.trained_steps > 0 and super()._should_check_val_fx(data_fetcher)
 
 
 def fit(config: Config, data: RunData, world: World) -> Path | None:
@@ -78,8 +91,7 @@ def build_trainer(config: Config, data: RunData, world: World) -> pl.Trainer:
         check_val_every_n_epoch=None,
         log_every_n_steps=1,
     )
-    # else Lightning repeats, in part, the validation that belongs to the step it resumes from
-    configure_no_restart_validation_training_loop(trainer)
+    trainer.fit_loop.epoch_loop = _StepLoop(trainer, max_steps=data.total_steps)
     return trainer
 
 

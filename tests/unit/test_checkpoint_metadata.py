@@ -6,6 +6,8 @@ import pickle
 from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from nemo_kto.checkpoint.metadata import check_metadata
 from nemo_kto.errors import CheckpointError
@@ -40,4 +42,24 @@ def test_a_missing_or_damaged_index_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"\.metadata cannot be read"):
+        check_metadata(tmp_path, [])
+
+
+def _index(path: Path, **entries: object) -> None:
+    storage = {f"{name}-place": _StorageInfo(f"{name}.distcp", 0, 1) for name in entries}
+    (path / ".metadata").write_bytes(pickle.dumps(Metadata(dict(entries), storage_data=storage)))
+
+
+def test_a_pickled_object_in_place_of_a_tensor_is_refused(tmp_path):
+    """torch unpickles what the index calls bytes, whatever was asked for."""
+    _index(tmp_path, weight=BytesStorageMetadata(), other=BytesStorageMetadata())
+    check_metadata(tmp_path, ["bias"])
+    with pytest.raises(CheckpointError, match="pickled object where the tensor weight belongs"):
+        check_metadata(tmp_path, ["bias", "weight"])
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/etc/passwd"])
+def test_an_index_that_points_out_of_the_checkpoint_is_refused(tmp_path, name):
+    _index(tmp_path, **{name.removesuffix(".distcp"): BytesStorageMetadata()})
+    with pytest.raises(CheckpointError, match="outside the checkpoint"):
         check_metadata(tmp_path, [])

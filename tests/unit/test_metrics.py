@@ -107,3 +107,35 @@ def test_lines_are_appended_in_full_and_at_once(tmp_path):
 def test_peak_memory_is_in_bytes():
     # this process holds torch: more than 50 MB, less than this machine has
     assert 50e6 < peak_memory_bytes() < 1e12
+
+
+def test_lines_that_a_full_disk_refuses_are_written_when_there_is_room(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    file = MetricsFile(path)
+    for step in (1, 2):
+        file.write({"step": step})
+    assert caplog.text.count("metrics.jsonl cannot be written") == 1, "said once"
+    path.unlink()
+    file.write({"step": 3})
+    assert [strict(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_resumed_run_drops_the_lines_that_it_writes_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = ['{"step": 1}', '{"step": 2}', '{"step": 2, "val/loss": 1}', '{"step": 3}', '{"step": 2}x', '{"ste']
+    path.write_text("\n".join(lines))
+    MetricsFile(path).go_back_to(2)
+    assert path.read_text().splitlines() == lines[:3]
+    MetricsFile(path).write({"step": 3})
+    assert path.read_text().splitlines() == [*lines[:3], '{"step": 3}']
+
+
+def test_a_run_that_begins_anew_sets_the_lines_before_aside(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    MetricsFile(path).go_back_to(0)
+    for number in (1, 2):
+        path.write_text(f'{{"step": {number}}}\n')
+        MetricsFile(path).go_back_to(0)
+        assert not path.exists()
+        assert (tmp_path / f"metrics.before-{number}.jsonl").read_text() == f'{{"step": {number}}}\n'
