@@ -1,15 +1,13 @@
-"""Builds the Lightning trainer and its loggers from config, and runs it. Parses nothing."""
+"""Builds the Lightning trainer from config, and runs it. Parses nothing."""
 
 from __future__ import annotations
 
-import os
 import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from nemo_kto.checkpoint.retention import Retention
@@ -17,9 +15,9 @@ from nemo_kto.config.load import to_yaml
 from nemo_kto.config.locate import newest_checkpoint, resume_path
 from nemo_kto.config.schema import Config, ExpManagerConfig, KTOLoopConfig
 from nemo_kto.config.world import World
-from nemo_kto.errors import ConfigError
 from nemo_kto.training.checkpointing import CheckpointKeeper, StepBoundary
 from nemo_kto.training.kto_model import MegatronGPTKTOModel
+from nemo_kto.training.loggers import loggers
 from nemo_kto.training.progress import progress_callback
 from nemo_kto.training.run_data import RunData
 from nemo_kto.training.stopping import StopAgreement
@@ -78,7 +76,7 @@ def build_trainer(config: Config, data: RunData, world: World) -> pl.Trainer:
         devices=world.local_size,
         num_nodes=world.num_nodes,
         precision="32-true",  # Megatron's own wrapper holds the bf16 weights
-        logger=_loggers(exp),
+        logger=loggers(exp),
         callbacks=[progress_callback(), boundary],
         enable_checkpointing=False,  # Lightning's own
         enable_model_summary=False,
@@ -109,28 +107,3 @@ def _seconds(limit: str | None) -> float | None:
         return None
     days, hours, minutes, seconds = (int(part) for part in limit.split(":"))
     return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds).total_seconds()
-
-
-def _require_wandb_login() -> None:
-    import wandb
-
-    if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not wandb.api.api_key:
-        raise ConfigError(
-            "exp_manager.create_wandb_logger=true, but there is no login: run `wandb login`, set WANDB_API_KEY, or "
-            "WANDB_MODE=offline"
-        )
-
-
-def _loggers(exp: ExpManagerConfig) -> list[Logger]:
-    """Lightning's own loggers.
-
-    NeMo's exp_manager would build the same ones, but at every start it moves the files of the run before,
-    metrics.jsonl among them, into a folder of their own, so that a resumed run has no curve.
-    """
-    loggers: list[Logger] = []
-    if exp.create_tensorboard_logger:
-        loggers.append(TensorBoardLogger(exp.explicit_log_dir, name="", version=""))
-    if exp.create_wandb_logger:
-        _require_wandb_login()
-        loggers.append(WandbLogger(save_dir=exp.explicit_log_dir, **exp.wandb_logger_kwargs))
-    return loggers
