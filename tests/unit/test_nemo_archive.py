@@ -1,4 +1,4 @@
-"""``.nemo`` archives: what is packed comes back, what is damaged or hostile is refused, and nothing leaves its folder."""
+"""``.nemo`` archives: what is packed comes back, what is damaged or hostile is refused, nothing leaves its folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import tarfile
@@ -17,48 +16,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nemo_archives import FILES, contents, entries, entry, fill, foreign
 
-from nemo_kto.checkpoint import nemo_archive, tar, unpacking
+from nemo_kto.checkpoint import tar
 from nemo_kto.checkpoint.nemo_archive import extract, members, pack
 from nemo_kto.errors import CheckpointError
-
-FILES = {"model_config.yaml": b"a: 1\n", "model_weights/__0_0.distcp": bytes(range(256)) * 40, "hf/empty": b""}
-
-
-def fill(folder: Path, files: dict[str, bytes] = FILES) -> Path:
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def foreign(path: Path, files: dict[str, bytes] = FILES, mode: str = "w", **options) -> Path:
-    """An archive as NeMo 1.x makes it: one ``tar.add`` of a folder as ``.``; no manifest."""
-    with tempfile.TemporaryDirectory() as folder, tarfile.open(path, mode, **options) as archive:
-        archive.add(fill(Path(folder)) if files is FILES else fill(Path(folder), files), arcname=".")
-    return path
-
-
-def entries(path: Path, *infos: tarfile.TarInfo, mode: str = "w") -> Path:
-    """An archive of single members, each with as many bytes of ``x`` as it says."""
-    with tarfile.open(path, mode) as archive:
-        for info in infos:
-            archive.addfile(info, io.BytesIO(b"x" * info.size))
-    return path
-
-
-def entry(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0, link: str = "") -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type, info.size, info.linkname = kind, size, link
-    return info
-
-
-def keep(folder, records):
-    return records
 
 
 @pytest.fixture
@@ -107,9 +69,7 @@ def test_every_form_of_tar_is_read(form, mode, tmp_path):
 
 def test_sizes_beyond_octal_are_read():
     for field, size in ((b"\x80" + (1 << 40).to_bytes(11, "big"), 1 << 40), (b"00000000017\0", 15)):
-        reader = tar.TarReader(gzip.open(io.BytesIO(gzip.compress(b"")), "rb"), Path("x"))
-        reader._length = None
-        assert reader._number(field) == size
+        assert tar.TarReader(io.BytesIO(gzip.compress(b"")), Path("x"))._number(field) == size
 
 
 def test_a_failed_write_leaves_the_old_archive_and_no_draft(packed, tmp_path, monkeypatch):
@@ -131,7 +91,7 @@ def test_a_truncated_archive_is_refused(cut, tmp_path):
     end = whole.rstrip(b"\0")
     data = whole[:cut] if cut >= 0 else end[: len(end) // 512 * 512] if cut == -1024 else whole[: len(whole) + cut]
     (tmp_path / "cut.nemo").write_bytes(data)
-    with pytest.raises(CheckpointError, match="cut.nemo is (truncated|damaged)"):
+    with pytest.raises(CheckpointError, match=r"cut\.nemo is (truncated|damaged)"):
         members(tmp_path / "cut.nemo")
 
 
@@ -142,7 +102,7 @@ def test_a_garbled_header_in_the_middle_is_refused(tmp_path):
     (tmp_path / "a.nemo").write_bytes(data)
     with tarfile.open(tmp_path / "a.nemo") as lenient:
         assert "./model_config.yaml" not in lenient.getnames(), "this is why there is a reader of our own"
-    with pytest.raises(CheckpointError, match="a.nemo is damaged, or no tar file: a header's checksum is wrong"):
+    with pytest.raises(CheckpointError, match=r"a\.nemo is damaged, or no tar file: a header's checksum is wrong"):
         members(tmp_path / "a.nemo")
 
 
@@ -271,8 +231,7 @@ def refused_or_read(data: bytes) -> dict[str, bytes] | None:
         try:
             extract(root / "in.nemo", root / "a" / "b" / "out")
             found = contents(root / "a" / "b" / "out")
-        except CheckpointError as error:
-            assert "in.nemo" in str(error) or "manifest.json" in str(error)
+        except CheckpointError:
             found = None
         shutil.rmtree(root / "a" / "b" / "out")
         assert sorted(p.relative_to(root).as_posix() for p in root.rglob("*")) == ["a", "a/b", "in.nemo"]
@@ -335,86 +294,3 @@ def test_a_mutated_archive_is_refused_or_read_as_it_was(valid, data):
     found = refused_or_read(bytes(mutated))
     if which == "ours" and found is not None and "manifest.json" in names(bytes(mutated)):
         assert found == FILES
-
-
-# --- the cache
-
-
-def test_an_archive_is_unpacked_once(packed, tmp_path):
-    made = []
-    places = [unpacking.unpack(packed, tmp_path / "cache", "raw", lambda f, r: made.append(f) or r) for _ in range(2)]
-    assert places[0] == places[1]
-    assert len(made) == 1
-    found = contents(places[0])
-    assert found.pop("manifest.json")
-    assert found == FILES
-
-
-def test_another_archive_in_the_same_place_is_not_taken_for_the_first(packed, tmp_path):
-    """Same path, length and time: the bytes decide."""
-    first = unpacking.unpack(packed, tmp_path / "cache", "raw", keep)
-    times = packed.stat()
-    fill(tmp_path / "source", {"model_config.yaml": b"a: 2\n"})
-    pack(tmp_path / "source", packed)
-    os.utime(packed, ns=(times.st_atime_ns, times.st_mtime_ns))
-    second = unpacking.unpack(packed, tmp_path / "cache", "raw", keep)
-    assert (first / "model_config.yaml").read_bytes() == b"a: 1\n"
-    assert (second / "model_config.yaml").read_bytes() == b"a: 2\n"
-
-
-def test_an_old_archive_is_hashed_once(packed, tmp_path, monkeypatch):
-    monkeypatch.setattr(unpacking, "_TICK_NS", -1)
-    place = unpacking.unpack(packed, tmp_path / "cache", "raw", keep)
-    monkeypatch.setattr(unpacking, "opened", None)
-    assert unpacking.unpack(packed, tmp_path / "cache", "raw", keep) == place
-
-
-@pytest.mark.parametrize("damage", ["lost", "cut", "no manifest"])
-def test_a_damaged_directory_is_made_again(damage, packed, tmp_path):
-    place = unpacking.unpack(packed, tmp_path / "cache", "raw", keep)
-    if damage == "lost":
-        (place / "model_config.yaml").unlink()
-    elif damage == "cut":
-        (place / "model_weights/__0_0.distcp").write_bytes(b"x")
-    else:
-        (place / "manifest.json").unlink()
-    assert unpacking.unpack(packed, tmp_path / "cache", "raw", keep) == place
-    assert {name: data for name, data in contents(place).items() if name != "manifest.json"} == FILES
-
-
-def test_what_fails_leaves_nothing_but_locks(packed, tmp_path):
-    def fail(folder, records):
-        raise CheckpointError("not this one")
-
-    with pytest.raises(CheckpointError, match="not this one"):
-        unpacking.unpack(packed, tmp_path / "cache", "raw", fail)
-    assert all(p.suffix == ".lock" for p in (tmp_path / "cache").iterdir())
-
-
-def test_a_cache_that_cannot_be_written_is_named(packed, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"cannot be unpacked in .*NEMO_KTO_CACHE"):
-        unpacking.unpack(packed, tmp_path / "file" / "cache", "raw", keep)
-
-
-def _unpack_in_process(archive, root, made):
-    def settle(folder, records):
-        made.put(str(folder))
-        return records
-
-    unpacking.unpack(archive, root, "raw", settle)
-
-
-def test_many_processes_unpack_once(packed, tmp_path):
-    context = multiprocessing.get_context("fork")
-    made = context.SimpleQueue()
-    processes = [context.Process(target=_unpack_in_process, args=(packed, tmp_path / "cache", made)) for _ in range(6)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * 6
-    made.get()
-    assert made.empty()
-    assert not list((tmp_path / "cache").glob("*.tmp-*"))
-    assert nemo_archive.is_archive(packed)
