@@ -38,7 +38,7 @@ typecheck: $(READY)  ## mypy --strict on floors 1 and 2
 	$(BIN)/mypy
 
 clean:  ## delete what the targets made, .venv and demo_out included
-	rm -rf .venv demo_out build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv demo_out build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find nemo_kto examples benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): requirements/cpu.txt pyproject.toml

@@ -115,7 +115,7 @@ def problems(folder: Path, *, part: int = 0, parts: int = 1) -> list[str]:
     except CheckpointError as error:
         return [str(error)]
     by_size = sorted(wanted, key=lambda name: (-wanted[name].bytes, name))
-    return [line for name in by_size[part::parts] for line in _compare(folder / name, wanted[name])]
+    return [line for name in by_size[part::parts] for line in _compare(folder, name, wanted[name])]
 
 
 def sizes_match(folder: Path) -> bool:
@@ -145,7 +145,10 @@ def _record(path: Path) -> FileRecord:
     return FileRecord(size, digest.hexdigest())
 
 
-def _compare(path: Path, wanted: FileRecord) -> list[str]:
+def _compare(folder: Path, name: str, wanted: FileRecord) -> list[str]:
+    path = folder / name
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        return [f"{path} is a link to a file outside the directory"]
     try:
         size = path.stat().st_size
         if size != wanted.bytes:
@@ -159,7 +162,8 @@ def _compare(path: Path, wanted: FileRecord) -> list[str]:
 
 def _inside(name: str, manifest: Path) -> str:
     parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or "\0" in name:
+    # what cannot be printed is no name that we write, and half a surrogate is not even one that a system call takes
+    if not parts or name.startswith("/") or ".." in parts or not name.isprintable():
         raise CheckpointError(f"{manifest} names {name!r}, which lies outside its directory")
     return name
 

@@ -6,6 +6,7 @@ from nemo_kto.errors import DataError
 
 MAX_LISTED = 20
 """Problems that a report spells out; the rest is counted."""
+_MAX_LENGTH = 400  # characters of one problem: it may quote the file, or a library that does
 
 
 class Problems:
@@ -20,7 +21,7 @@ class Problems:
         """Note one problem; ``where`` is ``file``, ``file:line`` or ``file:row N``."""
         self.count += 1
         if len(self._listed) < MAX_LISTED:
-            self._listed.append(f"{where}: {what}")
+            self._listed.append(f"{where}: {_one_line(what)}")
 
     def raise_if_any(self) -> None:
         """Report everything collected.
@@ -34,3 +35,10 @@ class Problems:
         if self.count > len(self._listed):
             lines.append(f"... and {self.count - len(self._listed)} more")
         raise DataError("\n  ".join(lines))
+
+
+def _one_line(text: str) -> str:
+    """``text`` without line breaks and control characters, and without the middle of a very long one."""
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    half = _MAX_LENGTH // 2
+    return printable if len(printable) <= _MAX_LENGTH else f"{printable[:half]} ... {printable[-half:]}"
