@@ -7,6 +7,7 @@ srun; trainer.devices=N alone starts N processes on this machine.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from nemo_kto.config.architecture import Architecture
     from nemo_kto.config.schema import Config
     from nemo_kto.training.run_data import RunData
+
+logger = logging.getLogger(__name__)
 
 EXAMPLE = """\
 examples:
@@ -45,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked cheaply, then train."""
     interrupts.listen()  # a signal may come while heavy packages are imported
     from nemo_kto.config.load import load_config, to_yaml
+    from nemo_kto.config.resume import check_resume
     from nemo_kto.quiet import quiet
 
     quiet()
@@ -56,9 +60,12 @@ def run(args: argparse.Namespace) -> int:
     world = _intended_world(config, found)
     _check(config, world)
     data = _read_data(config)
+    notes = check_resume(config, data.identity)
     if world.size > 1 and not found.launched:
         own_yaml = ["--config-name", args.config_name, *(["--config-dir", args.config_dir] if args.config_dir else [])]
         return run_processes(world.size, ["train", *own_yaml, *args.overrides])
+    for note in notes:
+        logger.warning("%s", note)
     return _train(config, data, world)
 
 

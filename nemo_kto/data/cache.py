@@ -15,6 +15,7 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
+from nemo_kto.config.identity import FileDigests
 from nemo_kto.data.encode import EncodeSettings
 from nemo_kto.data.readers import SUFFIXES
 from nemo_kto.data.store import TokenStore, is_intact
@@ -36,7 +37,16 @@ def cache_root(cache_dir: str | None) -> Path:
     return Path(cache_dir or os.environ.get("NEMO_KTO_CACHE") or "~/.cache/nemo_kto").expanduser()
 
 
-def fingerprint(files: Sequence[str], tokenizer_path: str | Path, settings: EncodeSettings) -> str:
+def digest_files(files: Sequence[str], tokenizer_path: str | Path) -> FileDigests:
+    """Read every byte that tokens come from."""
+    tokenizer = Path(tokenizer_path)
+    return FileDigests(
+        data=tuple((file, _sha256(Path(file))) for file in files),
+        tokenizer=tuple((str(f.relative_to(tokenizer)), _sha256(f)) for f in _tokenizer_files(tokenizer)),
+    )
+
+
+def fingerprint(digests: FileDigests, settings: EncodeSettings) -> str:
     """A name for the store of these files: it changes with any byte of data or tokenizer, and with any setting.
 
     Names and times of files do not matter, so a copy on another machine finds the same store.
@@ -45,10 +55,8 @@ def fingerprint(files: Sequence[str], tokenizer_path: str | Path, settings: Enco
         "code": CODE_VERSION,
         "libraries": [metadata.version(name) for name in ("transformers", "tokenizers")],
         "settings": asdict(settings),
-        "tokenizer": [
-            (str(f.relative_to(tokenizer_path)), _sha256(f)) for f in _tokenizer_files(Path(tokenizer_path))
-        ],
-        "data": [(_suffix(file), _sha256(Path(file))) for file in files],
+        "tokenizer": digests.tokenizer,
+        "data": [(_suffix(file), digest) for file, digest in digests.data],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

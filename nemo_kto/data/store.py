@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_kto.config.identity import FileDigests
+
 IntArray = NDArray[np.int64]
 _IDS, _MANIFEST = "ids", "store.json"
 _ROW_ARRAYS = ("lengths", "prompt_lengths", "desirable", "record_index", "prompt_keys", "response_keys")
@@ -173,10 +175,12 @@ class TokenStore:
         record_index: [n] int64, position of each row's record among all records of the files, dropped ones included.
         prompt_keys: [n, 2] uint64, 128-bit hashes, equal where prompts are.
         response_keys: [n, 2] uint64, the same for responses.
+        digests: of the files it was asked for; None in a copy that another process has opened by its path.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.digests: FileDigests | None = None
         summary: dict[str, Any] = json.loads((self.path / _MANIFEST).read_text(encoding="utf-8"))["summary"]
         self.summary = StoreSummary(**{**summary, "files": tuple(summary["files"])})
         self._ids: NDArray[np.int32] = self._load(_IDS)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nemo_kto import interrupts
 from nemo_kto.config.schema import DataConfig
-from nemo_kto.data.cache import cache_root, fingerprint, open_or_build
+from nemo_kto.data.cache import cache_root, digest_files, fingerprint, open_or_build
 from nemo_kto.data.encode import Encoder, EncodeSettings, load_tokenizer
 from nemo_kto.data.problems import Problems
 from nemo_kto.data.readers import usable_files
@@ -51,8 +51,10 @@ def build_store(files: Sequence[str | Path], tokenizer_path: str | Path, data_co
     def build(out: Path) -> None:
         _write(out, names, _Work(tokenizer_path, settings, workers))
 
-    key = fingerprint(names, tokenizer_path, settings)
-    return open_or_build(cache_root(data_config.cache_dir), key, build)
+    digests = digest_files(names, tokenizer_path)
+    store = open_or_build(cache_root(data_config.cache_dir), fingerprint(digests, settings), build)
+    store.digests = digests
+    return store
 
 
 class _Work:

@@ -274,7 +274,7 @@ class MegatronGPTKTOModel(ModelPT):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from where the data stood."""
         there, here = checkpoint["global_batch_size"], self.run.model.global_batch_size
-        if there != here:
+        if there != here and not self.run.exp_manager.resume_with_changes:
             raise CheckpointError(
                 f"the run was started with model.global_batch_size={there}, not {here}: resume with it"
             )

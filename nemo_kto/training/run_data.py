@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.utils.data import DataLoader
 
+from nemo_kto.config.identity import identity
 from nemo_kto.config.schema import Config
 from nemo_kto.data.batch import StepBatch
 from nemo_kto.data.collate import BatchLayout
@@ -27,6 +28,7 @@ class RunData:
         total_steps: optimizer steps of the run: the smaller of ``max_steps`` and ``max_epochs`` gives.
         val_interval: optimizer steps between validations.
         validation_counts: rows by class of the whole validation set, without pairs and tokens.
+        identity: what must not change when the run is resumed; empty where the training rows come without their files.
         train_summary: what the training data holds and what was left out of it.
         validation_summary: the same of the validation data, or None.
     """
@@ -34,7 +36,7 @@ class RunData:
     def __init__(self, config: Config, train: TokenStore, validation: TokenStore | None) -> None:
         loop, model = config.trainer.kto, config.model
         self._config, self._train_store, self._validation_store = config, train, validation
-        self.identity: dict[str, object] = {}
+        self.identity = {} if train.digests is None else identity(config, train.digests)
         self._places = RecordPlaces(model.data.data_prefix.train)
         self.train_summary = train.summary
         self.validation_summary = None if validation is None else validation.summary

@@ -1,0 +1,82 @@
+"""Whether a run may go on from a checkpoint with the settings and files it is given now. Loads no weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_kto.config.identity import BATCH_SIZE, differences
+from nemo_kto.config.locate import resume_path
+from nemo_kto.config.schema import Config
+from nemo_kto.errors import ConfigError
+
+RECORD = "run.json"
+"""File of a checkpoint that tells what its run was."""
+
+
+def check_resume(config: Config, now: Mapping[str, Any]) -> list[str]:
+    """Compare this run with the one whose checkpoint it would go on from.
+
+    Args:
+        config: the run.
+        now: its :func:`~nemo_kto.config.identity.identity`.
+
+    Returns:
+        What is to be said as a warning: differences that ``exp_manager.resume_with_changes`` allows, or that there is
+        nothing to compare with.
+
+    Raises:
+        ConfigError: they differ, one line per difference.
+        CheckpointError: see :func:`~nemo_kto.config.locate.resume_path`.
+    """
+    checkpoint = resume_path(config.exp_manager)
+    if checkpoint is None:
+        return []
+    record = _record(checkpoint)
+    if not record.get("identity"):
+        return [
+            f"{checkpoint} does not tell what it was trained on: whether data, tokenizer, seed, batch size and loss "
+            "are the same is not checked"
+        ]
+    found = differences(record["identity"], now)
+    if not found:
+        return []
+    if not config.exp_manager.resume_with_changes:
+        raise ConfigError(
+            f"{checkpoint} is of a run with other settings or files:\n"
+            + "".join(f"  {line}\n" for line in found)
+            + "put them back, or set exp_manager.resume_with_changes=true to go on with what is given now"
+        )
+    if record["identity"].get(BATCH_SIZE) != config.model.global_batch_size:
+        _check_new_batch_size(config, checkpoint, record)
+    return [f"going on from {checkpoint} with changes: {line}" for line in found]
+
+
+def _record(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of its run, or, where that is damaged, what another one of the same run says."""
+    for path in (checkpoint, *sorted(checkpoint.parent.glob("step-*"), reverse=True)):
+        try:
+            record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(record, dict) and isinstance(record.get("identity"), dict):
+            return record
+    return {}
+
+
+def _check_new_batch_size(config: Config, checkpoint: Path, record: Mapping[str, Any]) -> None:
+    """Steps are counted as consumed samples over the batch size, so a new one gives them new numbers."""
+    size, consumed = config.model.global_batch_size, record.get("consumed_samples", 0)
+    change = f"{BATCH_SIZE} was {record['identity'].get(BATCH_SIZE)}, now {size}"
+    if checkpoint.resolve().parent == (Path(config.exp_manager.explicit_log_dir) / "checkpoints").resolve():
+        raise ConfigError(
+            f"{change}: steps would have other numbers than this directory's checkpoints and metrics. Set "
+            f"exp_manager.resume_from_checkpoint={checkpoint} and another exp_manager.explicit_log_dir"
+        )
+    if consumed % size:
+        raise ConfigError(
+            f"{change}: the run of {checkpoint} has consumed {consumed} samples, no multiple of {size}: choose a "
+            f"{BATCH_SIZE} that divides it"
+        )
