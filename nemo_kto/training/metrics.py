@@ -7,6 +7,7 @@ import logging
 import math
 import resource
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -79,15 +80,17 @@ class MetricsFile:
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Append one object. Lines that a full disk refuses are said once, kept, and written when there is room."""
         self._unwritten.append(json.dumps({key: _json_value(value) for key, value in metrics.items()}) + "\n")
-        text = "".join(self._unwritten)
+        rest = "".join(self._unwritten).encode()
         try:
-            with self._path.open("a", encoding="utf-8") as file:
+            # no buffer: it would try again whenever it is touched, to cut off half a line too
+            with self._path.open("ab", buffering=0) as file:
                 start = file.tell()
                 try:
-                    file.write(text)
-                    file.flush()
+                    while rest:
+                        rest = rest[file.write(rest) :]  # a full disk takes a part first
                 except OSError:
-                    file.truncate(start)  # no half line, which the next attempt would continue
+                    with suppress(OSError):
+                        file.truncate(start)  # no half line, which the next attempt would continue
                     raise
         except OSError as error:
             if len(self._unwritten) == 1:

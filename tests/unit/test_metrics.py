@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 
 import pytest
 
@@ -117,6 +118,22 @@ def test_lines_that_a_full_disk_refuses_are_written_when_there_is_room(tmp_path,
         file.write({"step": step})
     assert caplog.text.count("metrics.jsonl cannot be written") == 1, "said once"
     path.unlink()
+    file.write({"step": 3})
+    assert [strict(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_no_half_line_is_left_where_a_disk_takes_a_part(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    file.write({"step": 1})
+    whole = path.read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 5, before[1]))  # writes beyond it fail, as on a full disk
+    try:
+        file.write({"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == whole
     file.write({"step": 3})
     assert [strict(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
