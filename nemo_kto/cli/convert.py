@@ -1,26 +1,37 @@
-"""Turn a Hugging Face model into a Megatron checkpoint and back.
+"""Turn a Hugging Face model into a Megatron checkpoint or a .nemo archive, and back.
 
-Training reads Hugging Face directories directly, so converting first is only worth it to share one Megatron checkpoint
-between runs. Under `torchrun` every rank handles its own slice, and no machine needs room for the whole model.
+Training reads all three directly, so converting first is only worth it to share one checkpoint between runs. Under
+`torchrun` every rank handles its own slice, and no machine needs room for the whole model.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemo_kto.config.architecture import Architecture, read_architecture, stored_dtype
 from nemo_kto.config.layout import check_layout
 from nemo_kto.config.locate import hf_side, is_megatron_checkpoint
-from nemo_kto.errors import CheckpointError
+from nemo_kto.config.world import world_from_environment
+from nemo_kto.errors import CheckpointError, ConfigError
 from nemo_kto.quiet import quiet
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nemo_kto.distributed.groups import ParallelGroups
 
 EXAMPLE = """\
 examples:
   nemo-kto convert hf-to-megatron --input meta-llama-8b/ --output meta-llama-8b-megatron/
   nemo-kto convert megatron-to-hf --input results/checkpoints/step-000200/ --output aligned-hf/
   torchrun --nproc-per-node 4 -m nemo_kto.cli.main convert megatron-to-hf \\
-      --input CKPT --output HF --tensor-parallel 2 --pipeline-parallel 2"""
+      --input CKPT --output HF --tensor-parallel 2 --pipeline-parallel 2
+  nemo-kto convert to-nemo --input results/checkpoints/step-000200/ --output aligned.nemo
+  nemo-kto convert from-nemo --input llama2-7b.nemo --output llama2-7b-hf/"""
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -28,27 +39,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the directions and their options."""
     directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
     to_megatron = _direction(directions, "hf-to-megatron", "Hugging Face directory to Megatron checkpoint")
-    to_megatron.add_argument(
-        "--precision",
-        choices=("bf16", "32"),
-        help="of the checkpoint's weights (default: bf16 if config.json says bfloat16, otherwise 32)",
-    )
     to_hf = _direction(directions, "megatron-to-hf", "Megatron checkpoint to a directory that transformers loads")
-    to_hf.add_argument("--dtype", choices=_DTYPES, help="of the written weights (default: that of config.json)")
+    to_nemo = _direction(
+        directions, "to-nemo", "Hugging Face directory or Megatron checkpoint to .nemo archive", output="FILE"
+    )
+    from_nemo = _direction(
+        directions, "from-nemo", ".nemo archive to a directory that transformers loads", source="FILE"
+    )
+    for direction in (to_megatron, to_nemo):
+        direction.add_argument(
+            "--precision",
+            choices=("bf16", "32"),
+            help="of the written weights (default: bf16 if config.json says bfloat16, otherwise 32)",
+        )
+    for direction in (to_hf, from_nemo):
+        direction.add_argument("--dtype", choices=_DTYPES, help="of the written weights (default: that of the input)")
+    from_nemo.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="Hugging Face directory with the tokenizer, if FILE lacks it"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Convert; the configuration is checked before anything heavy is imported."""
     quiet()
-    if args.direction == "hf-to-megatron":
-        return _hf_to_megatron(args)
-    return _megatron_to_hf(args)
+    directions = {
+        "hf-to-megatron": _hf_to_megatron,
+        "megatron-to-hf": _megatron_to_hf,
+        "to-nemo": _to_nemo,
+        "from-nemo": _from_nemo,
+    }
+    return directions[args.direction](args)
 
 
-def _direction(directions: argparse._SubParsersAction, name: str, what: str) -> argparse.ArgumentParser:  # type: ignore[type-arg]
+def _direction(
+    directions: argparse._SubParsersAction,  # type: ignore[type-arg]
+    name: str,
+    what: str,
+    source: str = "DIR",
+    output: str = "DIR",
+) -> argparse.ArgumentParser:
     parser = directions.add_parser(name, help=what, description=what)
-    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="directory to read")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to write")
+    parser.add_argument("--input", type=Path, required=True, metavar=source, help="what to read")
+    parser.add_argument("--output", type=Path, required=True, metavar=output, help="what to write")
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="ranks that share each layer")
     parser.add_argument("--pipeline-parallel", type=int, default=1, metavar="N", help="ranks that share the layers")
     return parser
@@ -62,52 +94,91 @@ def _checked(args: argparse.Namespace, hf_dir: Path) -> Architecture:
 
 def _hf_to_megatron(args: argparse.Namespace) -> int:
     arch = _checked(args, args.input)
+    chunks, groups, bf16 = _loaded_for_saving(args, arch, args.input)
+
+    from nemo_kto.checkpoint.dist import save_model
+
+    save_model(chunks, args.input, args.output, groups)
+    return _end(args, "bf16" if bf16 else "float32", groups)
+
+
+def _to_nemo(args: argparse.Namespace) -> int:
+    hf_dir = hf_side(args.input)
+    arch = _checked(args, hf_dir)
+    if args.output.suffix != ".nemo":
+        raise ConfigError(f"--output {args.output} must end in .nemo")
+    chunks, groups, bf16 = _loaded_for_saving(args, arch, hf_dir)
+
+    from nemo_kto.checkpoint.nemo_save import save_nemo
+
+    save_nemo(chunks, arch, hf_dir, args.output, groups)
+    return _end(args, "bf16" if bf16 else "float32", groups)
+
+
+def _loaded_for_saving(
+    args: argparse.Namespace, arch: Architecture, hf_dir: Path
+) -> tuple[Sequence[nn.Module], ParallelGroups, bool]:
+    """The input's weights in the precision to write, and whether that is bf16."""
     if args.output.exists():
         raise CheckpointError(f"{args.output} exists: remove it or choose another --output")
-    bf16 = stored_dtype(args.input) == "bfloat16" if args.precision is None else args.precision == "bf16"
+    bf16 = stored_dtype(hf_dir) == "bfloat16" if args.precision is None else args.precision == "bf16"
+    chunks, groups = _loaded(args, arch, args.input, bf16=bf16)
+    return chunks, groups, bf16
 
+
+def _loaded(
+    args: argparse.Namespace, arch: Architecture, path: Path, *, bf16: bool
+) -> tuple[Sequence[nn.Module], ParallelGroups]:
     from nemo_kto import launch
 
     groups = launch.start(args.tensor_parallel, args.pipeline_parallel)
 
-    from nemo_kto.checkpoint.dist import save_model
-    from nemo_kto.checkpoint.hf_load import load_hf
+    from nemo_kto.checkpoint.weights import load_weights
     from nemo_kto.gpt.build import PlainNetwork, build_gpt
 
     chunks = build_gpt(arch, PlainNetwork(), bf16=bf16, groups=groups)
-    load_hf(chunks, arch, args.input, groups)
-    save_model(chunks, args.input, args.output, groups)
-    _report(args, "bf16" if bf16 else "float32", groups.model_rank + groups.dp_rank == 0)
-    launch.shutdown()
-    return 0
+    load_weights(chunks, arch, path, groups)
+    return chunks, groups
 
 
 def _megatron_to_hf(args: argparse.Namespace) -> int:
     if not is_megatron_checkpoint(args.input):
         raise CheckpointError(f"{args.input} is not a Megatron checkpoint; give a directory that holds metadata.json")
-    hf_dir = hf_side(args.input)
+    return _export(args, args.input)
+
+
+def _from_nemo(args: argparse.Namespace) -> int:
+    from nemo_kto.checkpoint.nemo_model import model_directory
+
+    # not in the cache: what is converted once is not unpacked again
+    aside = args.output.with_name(f".{args.output.name}.unpacked")
+    try:
+        return _export(args, model_directory(args.input, aside, args.tokenizer))
+    finally:
+        if world_from_environment().rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _export(args: argparse.Namespace, model: Path) -> int:
+    """Write a model directory of any kind as Hugging Face has it."""
+    hf_dir = hf_side(model)
     arch = _checked(args, hf_dir)
     name = args.dtype or stored_dtype(hf_dir) or "float32"
-
-    from nemo_kto import launch
-
-    groups = launch.start(args.tensor_parallel, args.pipeline_parallel)
+    # float32 holds every stored dtype exactly, so the checkpoint's own need not be known here
+    chunks, groups = _loaded(args, arch, model, bf16=False)
 
     import torch
 
-    from nemo_kto.checkpoint.dist import load_model
     from nemo_kto.checkpoint.hf_export import export_hf
-    from nemo_kto.gpt.build import PlainNetwork, build_gpt
 
-    # float32 holds every stored dtype exactly, so the checkpoint's own need not be known here
-    chunks = build_gpt(arch, PlainNetwork(), bf16=False, groups=groups)
-    load_model(chunks, args.input, groups)
     export_hf(chunks, arch, groups, hf_dir, args.output, dtype=getattr(torch, name))
-    _report(args, name, groups.model_rank + groups.dp_rank == 0)
-    launch.shutdown()
-    return 0
+    return _end(args, name, groups)
 
 
-def _report(args: argparse.Namespace, dtype: str, is_leader: bool) -> None:
-    if is_leader:
+def _end(args: argparse.Namespace, dtype: str, groups: ParallelGroups) -> int:
+    from nemo_kto.launch import shutdown
+
+    if groups.model_rank + groups.dp_rank == 0:
         print(f"{args.input} -> {args.output} ({dtype})")
+    shutdown()
+    return 0
