@@ -11,7 +11,7 @@ TORCH := $(shell sed -n 's/^torch==//p' requirements/cpu.txt)
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-slow lint format typecheck clean
+.PHONY: help demo test test-slow drill lint format typecheck clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -25,6 +25,9 @@ test: $(READY)  ## run the tests, without the slow ones
 
 test-slow: $(READY)  ## run the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+drill: $(READY)  ## kill, stop, starve and damage real runs, and print what was lost (half an hour)
+	$(BIN)/python tests/faults/drill.py $(DRILL_ARGS)
 
 lint: $(READY)  ## check style and format
 	$(BIN)/ruff check .
