@@ -22,13 +22,7 @@ from nemo_kto.checkpoint.manifest import MANIFEST, FileRecord
 from nemo_kto.checkpoint.tar import Member, TarReader
 from nemo_kto.errors import CheckpointError
 
-SUFFIX = ".nemo"
 _FORMAT = 1  # of the manifest
-
-
-def is_archive(path: str | Path) -> bool:
-    """Whether a path names a ``.nemo`` file; whether it is a good one is found when it is read."""
-    return Path(path).suffix == SUFFIX and Path(path).is_file()
 
 
 def pack(folder: Path, out: Path) -> None:

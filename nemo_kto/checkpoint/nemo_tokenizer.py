@@ -85,12 +85,11 @@ def _sentencepiece(model: Path, out: Path) -> None:
         pieces.Load(str(model))
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{model} is no sentencepiece model: {error}") from None
-    shutil.copyfile(model, out / "tokenizer.model")
     special = {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id(), "unk_token": pieces.unk_id()}
     tokens = {name: pieces.IdToPiece(number) for name, number in special.items() if number >= 0}
     add_bos = "bos_token" in tokens
-    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": add_bos, "add_eos_token": False, "legacy": False}
-    _write(out, {**config, **tokens})
+    _convert(model, {**tokens, "add_bos_token": add_bos, "add_eos_token": False}, out)
+    _write(out, {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **tokens})
     tokenizer = load_tokenizer(out)
     for text in _PROBES:
         expected = [pieces.bos_id()] * add_bos + pieces.EncodeAsIds(text)
@@ -98,6 +97,20 @@ def _sentencepiece(model: Path, out: Path) -> None:
             raise CheckpointError(
                 f"{model}: transformers reads this model otherwise than sentencepiece does ({text!r}): {_ADVICE}"
             )
+
+
+def _convert(model: Path, settings: dict[str, Any], out: Path) -> None:
+    """Write ``tokenizer.json`` for a sentencepiece model of Llama's kind."""
+    from tokenizers import normalizers
+
+    shutil.copyfile(model, out / "tokenizer.model")
+    _write(out, {"tokenizer_class": "LlamaTokenizer", **settings})
+    backend = load_tokenizer(out).backend_tokenizer
+    # transformers drops the prefix space of a text that begins with a space; sentencepiece does not
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = None
+    (out / "tokenizer.model").unlink()
+    backend.save(str(out / "tokenizer.json"))
 
 
 def _special_tokens(section: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from nemo_kto.distributed.groups import ParallelGroups
 def load_weights(chunks: Sequence[nn.Module], arch: Architecture, path: str | Path, groups: ParallelGroups) -> None:
     """Fill the live parameters in place from a Hugging Face directory or a Megatron checkpoint.
 
+    A ``.nemo`` file is unpacked before: :func:`nemo_kto.checkpoint.nemo_model.model_directory`.
+
     Raises:
         CheckpointError: a tensor or file is missing, unexpected, of the wrong shape, or unreadable.
     """
