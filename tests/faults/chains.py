@@ -59,11 +59,23 @@ class Chain:
         switch = f"{runs.CALLBACK}.async_save={str(plan.asynchronous).lower()}"
         return Job(self.root, self.out, self.layout, switch)
 
-    def wait_for(self, job: Job, plan: Plan) -> bool:
-        """Wait for the moment of the plan; False if the run ends, or hangs, before it.
+    def victims(self, job: Job, plan: Plan, trial: Trial) -> list[int]:
+        """Wait for the moment of the plan, and return the processes that the blow meets.
 
-        A process is left alone until it handles signals, which is in the first tenths of a second.
+        If the run ends, or hangs, before that moment, that is a fault, and there are none.
         """
+        if not self._reaches(job, plan):
+            trial.faults.append(f"the moment did not come; code {job.process.poll()}: {job.log[-1500:]}")
+            runs.kill(job.processes)
+            return []
+        if plan.target == "one rank":
+            return [self.rng.choice(job.ranks)]
+        if plan.target == "all ranks":
+            return job.ranks
+        return [job.process.pid] if plan.target == "the parent" else job.processes
+
+    def _reaches(self, job: Job, plan: Plan) -> bool:
+        """Wait; a process is left alone until it handles signals, in the first tenths of a second."""
         if plan.target in ("one rank", "all ranks") or plan.moment != "starting":
             is_there = job.until(lambda: len(job.ranks) == 2 and all(runs.listens(pid) for pid in job.ranks))
         else:
@@ -86,14 +98,6 @@ class Chain:
         each = (runs.STEPS - self._resumable) // max(1, self._blows_left) - _ROOM
         self._blows_left -= 1
         return self.rng.randint(1, max(1, min(each, 5)))
-
-    def victims(self, job: Job, plan: Plan) -> list[int]:
-        """Processes that the blow meets."""
-        if plan.target == "one rank":
-            return [self.rng.choice(job.ranks)]
-        if plan.target == "all ranks":
-            return job.ranks
-        return [job.process.pid] if plan.target == "the parent" else job.processes
 
     def aftermath(self, job: Job, trial: Trial) -> None:
         """Check what must hold after any blow, and whether this start went on from where the run was."""

@@ -42,10 +42,9 @@ def plans(rng: random.Random, count: int) -> list[Plan]:
 def _blow(chain: Chain, plan: Plan) -> Trial:
     trial = Trial(f"{chain.layout}: {plan}")
     job = chain.start(plan)
-    if not chain.wait_for(job, plan):
-        trial.faults.append(f"there was no such moment; code {job.process.poll()}: {job.log[-600:]}")
+    victims = chain.victims(job, plan, trial)
     writing = job.drafts
-    runs.kill(chain.victims(job, plan))
+    runs.kill(victims)
     if job.end(runs.GONE_S) is None:
         trial.faults.append(f"the run was still there {runs.GONE_S} s after the kill: {job.log[-600:]}")
     chain.aftermath(job, trial)

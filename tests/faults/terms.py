@@ -35,10 +35,8 @@ def drill(root: Path, layout: str, baseline: Path, rng: random.Random, count: in
 def _stop(chain: Chain, plan: Plan, kind: signal.Signals, *, again: bool) -> Trial:
     trial = Trial(f"{chain.layout}: {kind.name}{' twice' if again else ''} to {plan}")
     job = chain.start(plan)
-    if not chain.wait_for(job, plan):
-        trial.faults.append(f"there was no such moment; code {job.process.poll()}: {job.log[-600:]}")
+    victims = chain.victims(job, plan, trial)
     trial.in_save = bool(job.drafts)
-    victims = chain.victims(job, plan)
     runs.kill(victims, kind)
     if again:
         job.until(lambda: False, chain.rng.uniform(0, 1.5))
