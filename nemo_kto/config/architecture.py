@@ -166,7 +166,9 @@ class _Config:
             )
         try:
             self.values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not valid JSON ({error})") from None
         if not isinstance(self.values, dict):
             raise CheckpointError(f"{path}: holds {type(self.values).__name__}, not an object")

@@ -215,6 +215,13 @@ class TokenStore:
         lengths: IntArray = self._offsets[indices + 1] - self._offsets[indices]
         return lengths
 
+    def first_beyond(self, vocab_size: int) -> tuple[int, int] | None:
+        """(row, token id) of the first token that a vocabulary of so many ids does not have; None if it has all."""
+        if int(self._ids.max()) < vocab_size:
+            return None
+        place = int(np.argmax(self._ids >= vocab_size))
+        return int(np.searchsorted(self._offsets, place, side="right")) - 1, int(self._ids[place])
+
     def prompt_key(self, i: int) -> bytes:
         """16 bytes, equal for rows whose prompts are equal."""
         return bytes(self.prompt_keys[i])
