@@ -33,3 +33,13 @@ class StoppedEarlyError(KTOError):
     """The run ended before its last step and can be resumed."""
 
     exit_code = 4
+
+
+class LostContactError(KTOError):
+    """Another rank has gone. Not resumable by itself (exit code 1): whether it is, the other rank's error says.
+
+    A script that starts a run again on exit code 4 would otherwise do so for ever when the other rank's fault is in
+    the config or the data.
+    """
+
+    exit_code = 1

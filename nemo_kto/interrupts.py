@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -12,14 +14,18 @@ from types import FrameType
 HEEDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals that are noted: a scheduler's, and Ctrl-C."""
 
+_PATIENT_S = 1.0  # a launcher passes Ctrl-C on to processes that have it from the terminal already
+
 _first: signal.Signals | None = None
+_interrupted = math.inf
 _listener: int | None = None
 
 
 def listen() -> None:
     """Note signals from now on instead of dying of them. May be called again, to replace other handlers.
 
-    Only the main thread can set handlers; elsewhere nothing happens.
+    Those that came before, to a process started :func:`shielded`, are noted too. Only the main thread can set
+    handlers; elsewhere nothing happens.
     """
     global _listener
     if threading.current_thread() is not threading.main_thread():
@@ -27,6 +33,7 @@ def listen() -> None:
     _listener = os.getpid()
     for number in HEEDED:
         signal.signal(number, _note)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HEEDED)
 
 
 @contextmanager
@@ -50,15 +57,18 @@ def requested() -> str | None:
 
 def forget() -> None:
     """Begin anew: a process that trains several times calls it in between."""
-    global _first
-    _first = None
+    global _first, _interrupted
+    _first, _interrupted = None, math.inf
 
 
 def _note(number: int, _frame: FrameType | None) -> None:
-    global _first
+    global _first, _interrupted
     if os.getpid() != _listener:
         return  # a fork, such as Megatron's checkpoint writer: it must finish its file, and ends by itself
+    now = time.monotonic()
     if _first is None:
         _first = signal.Signals(number)
-    elif number == signal.SIGINT and _first is signal.SIGINT:
-        raise KeyboardInterrupt  # Ctrl-C once more: now
+    if number == signal.SIGINT:
+        if now > _interrupted + _PATIENT_S:
+            raise KeyboardInterrupt  # Ctrl-C once more: now
+        _interrupted = min(_interrupted, now)

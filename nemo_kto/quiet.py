@@ -38,6 +38,7 @@ def quiet() -> None:
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # a peer that has gone is reported as an error, not with a stack of C++
         "PYTHONWARNINGS": "ignore",  # for the worker processes
     }.items():
         os.environ.setdefault(key, value)

@@ -21,7 +21,9 @@ from typing import NoReturn
 
 from nemo_kto import __version__
 from nemo_kto.cli.processes import tell
-from nemo_kto.errors import KTOError
+from nemo_kto.errors import KTOError, StoppedEarlyError
+from nemo_kto.parents import follow_parent
+from nemo_kto.peers import is_loss, lost_contact, report_with, tell_others
 
 VERBS = ("prepare", "train", "score", "convert", "report")
 
@@ -29,7 +31,7 @@ EXAMPLE = """\
 example:
   nemo-kto train pretrained_checkpoint.restore_from_path=MODEL 'model.data.data_prefix.train=[train.jsonl]'
 
-exit codes: 0 done, 1 a bug, 2 config or usage, 3 data or checkpoint, 4 stopped early and resumable"""
+exit codes: 0 done, 1 a bug or a lost rank, 2 config or usage, 3 data or checkpoint, 4 stopped early and resumable"""
 
 
 def _module_name(verb: str) -> str:
@@ -102,17 +104,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     module.add_arguments(parser)
     options = parser.parse_args(arguments[1:])
     _log_to_stderr()
+    report_with(tell)
     try:
         code: int = module.run(options)
     except KTOError as error:
-        if os.environ.get("NEMO_KTO_TRACEBACK") == "1":
-            traceback.print_exc()
-        tell(error)
-        return error.exit_code
+        return _end(error)
     except KeyboardInterrupt:
+        tell_others("interrupted")
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if is_loss(error):
+            return _end(lost_contact(error))
+        tell_others(f"{type(error).__name__}: {error}")
+        raise
     return code
+
+
+def _end(error: KTOError) -> int:
+    """Say it here, and to the other ranks unless they end for the same reason; the exit code."""
+    if os.environ.get("NEMO_KTO_TRACEBACK") == "1":
+        traceback.print_exc()
+    tell(error)
+    if not isinstance(error, StoppedEarlyError):
+        tell_others(str(error))
+    return error.exit_code
+
+
+follow_parent()  # on import: multiprocessing imports this module in the processes that it starts
 
 
 if __name__ == "__main__":

@@ -117,6 +117,8 @@ def _trainer(config: Config) -> Iterator[str]:
     yield from _one_of("trainer.accelerator", trainer.accelerator, ("auto", "gpu", "cpu"))
     yield from _one_of("trainer.precision", trainer.precision, _PRECISIONS)
     yield from _at_least(1, trainer__devices=trainer.devices, trainer__num_nodes=trainer.num_nodes)
+    yield from _above(0, "trainer.join_timeout_minutes", trainer.join_timeout_minutes)
+    yield from _at_least(1, trainer__distributed_timeout_minutes=trainer.distributed_timeout_minutes)
 
 
 def _loop(loop: KTOLoopConfig) -> Iterator[str]:

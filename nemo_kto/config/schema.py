@@ -28,6 +28,8 @@ class TrainerConfig:
     num_nodes: int | None
     accelerator: str
     precision: int | str
+    join_timeout_minutes: float
+    distributed_timeout_minutes: float
     kto: KTOLoopConfig
 
     @property

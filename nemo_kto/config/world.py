@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from nemo_kto.errors import ConfigError
 
+LISTEN_FD = "NEMO_KTO_LISTEN_FD"
+"""Environment variable: a socket that already listens at the meeting point, for rank 0 to serve."""
+
 
 @dataclass(frozen=True)
 class World:

@@ -23,6 +23,7 @@ from nemo_kto.checkpoint.saving import CheckpointWriter, Contents
 from nemo_kto.config.world import World
 from nemo_kto.distributed import groups as parallel
 from nemo_kto.distributed.groups import ParallelGroups
+from nemo_kto.distributed.join import DEFAULT_TIMEOUTS, Timeouts, join
 from nemo_kto.training.environment import LaunchedEnvironment
 from nemo_kto.training.optim import LightningMegatronOptimizer, prime_state
 
@@ -38,6 +39,7 @@ class MegatronStrategy(DDPStrategy):
         seed: of Megatron's random streams.
         world: this process among all of the job.
         asynchronous_save: whether checkpoints are written beside the training.
+        timeouts: how long to wait for the other ranks.
     """
 
     def __init__(
@@ -48,9 +50,12 @@ class MegatronStrategy(DDPStrategy):
         world: World,
         *,
         asynchronous_save: bool = False,
+        timeouts: Timeouts = DEFAULT_TIMEOUTS,
     ) -> None:
         environment = LaunchedEnvironment(world) if world.launched else None
-        super().__init__(timeout=launch.TIMEOUT, cluster_environment=environment)
+        super().__init__(timeout=timeouts.collective, cluster_environment=environment)
+        self._world = world
+        self._timeouts = timeouts
         self._sizes = (tensor_parallel, pipeline_parallel)
         self._seed = seed
         self._groups: ParallelGroups | None = None
@@ -67,8 +72,9 @@ class MegatronStrategy(DDPStrategy):
 
     def setup_distributed(self) -> None:
         """Join the job, lay out Megatron's groups, seed its random streams."""
-        super().setup_distributed()
-        self._groups = parallel.initialize(*self._sizes, self.root_device, launch.TIMEOUT)
+        join(self._world, "nccl" if self.root_device.type == "cuda" else "gloo", self._timeouts)
+        super().setup_distributed()  # finds the job joined, and joins no other
+        self._groups = parallel.initialize(*self._sizes, self.root_device, self._timeouts.collective)
         launch.seed_megatron(self._seed)
         app = AppState()  # NeMo's loggers and save/restore read the layout here
         app.tensor_model_parallel_size, app.pipeline_model_parallel_size = self._sizes

@@ -15,6 +15,7 @@ from nemo_kto.config.load import to_yaml
 from nemo_kto.config.locate import newest_checkpoint, resume_path
 from nemo_kto.config.schema import Config, ExpManagerConfig, KTOLoopConfig
 from nemo_kto.config.world import World
+from nemo_kto.distributed.join import Timeouts
 from nemo_kto.training.checkpointing import CheckpointKeeper, StepBoundary
 from nemo_kto.training.kto_model import MegatronGPTKTOModel
 from nemo_kto.training.loggers import loggers
@@ -71,6 +72,10 @@ def build_trainer(config: Config, data: RunData, world: World) -> pl.Trainer:
             model.seed,
             world,
             asynchronous_save=exp.checkpoint_callback_params.async_save,
+            timeouts=Timeouts(
+                timedelta(minutes=config.trainer.join_timeout_minutes),
+                timedelta(minutes=config.trainer.distributed_timeout_minutes),
+            ),
         ),
         accelerator=config.trainer.accelerator,
         devices=world.local_size,

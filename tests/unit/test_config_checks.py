@@ -25,6 +25,12 @@ CASES = [
     (["trainer.precision=16"], 1, "trainer.precision=16 is not one of 32, 32-true, bf16, bf16-mixed, bf16-true"),
     (["trainer.devices=0"], 1, "trainer.devices=0 must be at least 1"),
     (["trainer.num_nodes=0"], 1, "trainer.num_nodes=0 must be at least 1"),
+    (["trainer.join_timeout_minutes=0"], 1, "trainer.join_timeout_minutes=0.0 must be above 0"),
+    (
+        ["trainer.distributed_timeout_minutes=0.5"],
+        1,
+        "trainer.distributed_timeout_minutes=0.5 must be at least 1",
+    ),
     # trainer.kto
     (["trainer.kto.max_epochs=0"], 1, "trainer.kto.max_epochs=0 must be at least 1"),
     (["trainer.kto.save_interval=0"], 1, "trainer.kto.save_interval=0 must be at least 1"),

@@ -19,6 +19,7 @@ FLOORS = {
     **dict.fromkeys(
         ["errors", "config", "objective", "distributed", "cpu_backend", "quiet", "launch", "interrupts"], 1
     ),
+    **dict.fromkeys(["parents", "peers"], 1),
     "data": 2,
     "gpt": 3,
     "checkpoint": 4,

@@ -1,0 +1,138 @@
+"""Other ranks that have gone: recognises the errors that they leave here, and ends a rank that would wait for them.
+
+Sockets tell gloo at once that a peer has gone. NCCL may not notice within a machine, and would wait for its timeout,
+so a rank that fails says so in the job's store, and every rank looks there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from nemo_kto.errors import KTOError, LostContactError
+
+_LOOK_S = 1.0
+GRACE_S = 12.0
+"""Seconds that a rank gets to end by itself once another has failed: all ranks may be raising the same error."""
+
+_GONE = re.compile(
+    r"Connection (closed|reset|refused)|closed by (remote )?peer|Broken pipe|Socket closed|remote process exited"
+    r"|ncclRemoteError|Timed out waiting \d+ms|timed out|Timeout waiting for|Wait timeout"
+    r"|collective operation timeout|communicator was aborted",
+    re.IGNORECASE,
+)
+_TRANSPORT = ("gloo/", "nccl", "[c10d]")
+
+
+class Store(Protocol):
+    """What is used of torch's stores."""
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all keys are there."""
+
+    def get(self, key: str) -> bytes:
+        """The value."""
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        """Set a key that has the expected value, or none; its value then."""
+
+
+_watched: Store | None = None
+_rank = 0
+_left = threading.Event()
+_report: list[Callable[[KTOError], None]] = []
+
+
+def report_with(report: Callable[[KTOError], None]) -> None:
+    """Say how an error is shown to the user; without it, it goes to standard error as it is."""
+    _report[:] = [report]
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether torch raised this because a peer has gone, or no longer answers. Errors of our own making are not."""
+    names = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
+    if "torch.distributed.DistNetworkError" in names:
+        return True
+    text = str(error)
+    is_torchs = "torch.distributed.DistError" in names or any(word in text for word in _TRANSPORT)
+    return isinstance(error, RuntimeError) and is_torchs and _GONE.search(text) is not None
+
+
+def lost_contact(error: BaseException) -> LostContactError:
+    """The one line that stands for such an error."""
+    return LostContactError(
+        f"lost contact with another rank ({_reason(error)}): its own log says why; a training goes on from its newest "
+        "checkpoint with the same command"
+    )
+
+
+def watch(store: Store, rank: int) -> None:
+    """Look at the job's store from now on, in a thread; this process ends if another has failed and it cannot.
+
+    Args:
+        store: a connection that nothing else uses.
+        rank: of this process.
+    """
+    global _watched, _rank, _left
+    _watched, _rank, _left = store, rank, threading.Event()
+    threading.Thread(target=_look, args=(store, _left), daemon=True, name="peers").start()
+
+
+def leave() -> None:
+    """Look no longer: the job is over for this process, and its store may go."""
+    global _watched
+    _left.set()
+    _watched = None
+
+
+def tell_others(message: str) -> None:
+    """Let the other ranks know that this one has failed. Does nothing where there are none."""
+    store = _watched
+    leave()
+    if store is not None:
+        try:
+            store.compare_set("first", "", f"rank {_rank} failed: {message}")
+        except RuntimeError:  # the store has gone with the rank that serves it, which the others notice as well
+            return
+
+
+def _look(store: Store, left: threading.Event) -> None:
+    while not left.wait(_LOOK_S):
+        try:
+            if not store.check(["first"]):
+                continue
+            failed = store.get("first").decode()
+        except RuntimeError:
+            if left.wait(_LOOK_S):
+                return  # the job has just ended
+            failed = "lost contact with rank 0 or its launcher"
+            if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+                os.kill(os.getpid(), signal.SIGTERM)  # where only the launcher has gone, the ranks can still save
+        if not left.wait(GRACE_S):
+            _end(LostContactError(f"{failed.rstrip('.')}; this rank was still waiting for it, and ends"))
+        return
+
+
+def _end(error: LostContactError) -> None:
+    """End this process from a thread: its main thread waits in a collective that will never come back."""
+    if _report:
+        _report[0](error)
+    else:
+        sys.stderr.write(f"error: {error}\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    time.sleep(0.1)
+    os._exit(error.exit_code)
+
+
+def _reason(error: BaseException) -> str:
+    """The telling part of torch's message: without the place in its source, and without a stack."""
+    line = str(error).split("\n")[0]
+    line = re.sub(r"^\[[^\]]*\]\s*", "", line)
+    return line.split(". This may indicate")[0].strip().rstrip(".") or type(error).__name__
