@@ -95,7 +95,7 @@ def check_visible(out: Path, trial: Trial) -> None:
 
 def check_clean(out: Path, trial: Trial) -> None:
     """Note what an undamaged run must not have at its end."""
-    left = [path.name for path in (out / "checkpoints").iterdir() if path.name.endswith((".partial", ".damaged"))]
+    left = [path.name for end in (".partial", ".damaged*") for path in (out / "checkpoints").glob(f"*{end}")]
     if left:
         trial.faults.append(f"left in checkpoints/ at the end: {', '.join(left)}")
 
