@@ -6,6 +6,7 @@ so a rank that fails says so in the job's store, and every rank looks there.
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ from typing import Protocol
 from nemo_kto.errors import KTOError, LostContactError
 
 _LOOK_S = 1.0
+_LEAVE_S = 10.0  # a store whose server has gone answers with an error, sooner or later
 GRACE_S = 12.0
 """Seconds that a rank gets to end by itself once another has failed: all ranks may be raising the same error."""
 
@@ -46,6 +48,7 @@ class Store(Protocol):
 _watched: Store | None = None
 _rank = 0
 _left = threading.Event()
+_thread: threading.Thread | None = None
 _report: list[Callable[[KTOError], None]] = []
 
 
@@ -79,16 +82,21 @@ def watch(store: Store, rank: int) -> None:
         store: a connection that nothing else uses.
         rank: of this process.
     """
-    global _watched, _rank, _left
+    global _watched, _rank, _left, _thread
     _watched, _rank, _left = store, rank, threading.Event()
-    threading.Thread(target=_look, args=(store, _left), daemon=True, name="peers").start()
+    _thread = threading.Thread(target=_look, args=(store, _left), daemon=True, name="peers")
+    _thread.start()
+    # An interpreter that ends while a thread is inside the store aborts: torch cannot take the lock back there.
+    atexit.register(leave)
 
 
 def leave() -> None:
     """Look no longer: the job is over for this process, and its store may go."""
-    global _watched
+    global _watched, _thread
     _left.set()
-    _watched = None
+    thread, _watched, _thread = _thread, None, None
+    if thread is not None:
+        thread.join(_LEAVE_S)
 
 
 def tell_others(message: str) -> None:
