@@ -76,7 +76,7 @@ class TarReader:
         except CheckpointError:
             raise
         except Exception as error:  # whatever garbage makes gzip, int() or decode() raise
-            raise CheckpointError(f"{self._path} cannot be read: {type(error).__name__}: {error}") from error
+            raise CheckpointError(f"{self._path} is damaged, or no tar file: {error}") from error
 
     def blocks(self) -> Iterator[bytes]:
         """The current member's bytes, from where they were left.

@@ -34,7 +34,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Models, data, where results go, and the layout."""
-    model = "Hugging Face directory or Megatron checkpoint"
+    model = "Hugging Face directory, Megatron checkpoint or .nemo file"
     parser.add_argument("--model", required=True, type=Path, help=f"the policy: {model}")
     parser.add_argument("--reference", type=Path, help=f"the reference policy: {model}; without it, no rewards")
     parser.add_argument("--data", required=True, nargs="+", help=".jsonl, .jsonl.gz or .parquet files")
@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-append-eos", action="store_true", help="do not close responses with EOS")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks that share each matrix")
     parser.add_argument("--pipeline-parallel", type=int, default=1, help="ranks that share the layers")
-    parser.add_argument("--cache-dir", help="token cache (default: ~/.cache/nemo_kto, or $NEMO_KTO_CACHE)")
+    parser.add_argument(
+        "--cache-dir", help="of tokens and unpacked .nemo files (default: ~/.cache/nemo_kto, or $NEMO_KTO_CACHE)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,14 +82,18 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> tuple[Architecture, TokenStore]:
+    from nemo_kto.cli.archives import unpacked
     from nemo_kto.config.architecture import read_architecture
     from nemo_kto.config.checks import check_length
     from nemo_kto.config.layout import check_layout
     from nemo_kto.config.locate import hf_side
     from nemo_kto.config.schema import DataConfig, DataFilesConfig
     from nemo_kto.data.tokenize import build_store
+    from nemo_kto.data.vocabulary import check_vocabulary
 
     _check_options(args)
+    args.model = unpacked(args.model, args.cache_dir)
+    args.reference = args.reference and unpacked(args.reference, args.cache_dir)
     arch = read_architecture(hf_side(args.model))
     if args.reference is not None and read_architecture(hf_side(args.reference)) != arch:
         raise CheckpointError(f"--model {args.model} and --reference {args.reference} differ in architecture")
@@ -104,7 +110,9 @@ def _prepare(args: argparse.Namespace) -> tuple[Architecture, TokenStore]:
         tokenize_workers=None,
         cache_dir=args.cache_dir,
     )
-    return arch, build_store(args.data, hf_side(args.model), data)
+    store = build_store(args.data, hf_side(args.model), data)
+    check_vocabulary(store, args.data, arch.vocab_size, hf_side(args.model))
+    return arch, store
 
 
 def _score(

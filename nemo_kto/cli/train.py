@@ -47,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked cheaply, then train."""
     interrupts.listen()  # a signal may come while heavy packages are imported
+    from nemo_kto.cli.archives import unpacked_run
+    from nemo_kto.config.checks import check
     from nemo_kto.config.load import load_config, to_yaml
     from nemo_kto.config.resume import check_resume
     from nemo_kto.quiet import quiet
@@ -58,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     found = world_from_environment()
     world = _intended_world(config, found)
-    _check(config, world)
+    check(config, world.size)
+    config = unpacked_run(config)
+    _check(config)
     data = _read_data(config)
     notes = check_resume(config, data.identity)
     if world.size > 1 and not found.launched:
@@ -86,14 +90,13 @@ def _intended_world(config: Config, found: World) -> World:
     return found
 
 
-def _check(config: Config, world: World) -> None:
-    """Config, layout and output directory: everything that needs neither torch nor data."""
+def _check(config: Config) -> None:
+    """Model, layout and output directory: everything that needs neither torch nor data."""
     from nemo_kto.config.architecture import read_architecture
-    from nemo_kto.config.checks import check, check_length, check_recompute
+    from nemo_kto.config.checks import check_length, check_recompute
     from nemo_kto.config.layout import check_layout
     from nemo_kto.config.locate import hf_side, resume_path
 
-    check(config, world.size)
     model = config.model
     arch = read_architecture(hf_side(config.pretrained_checkpoint.restore_from_path))
     check_layout(
@@ -124,20 +127,34 @@ def _check_same_network(config: Config, policy: Architecture) -> None:
 
 
 def _check_writable(log_dir: Path) -> None:
+    key = f"exp_manager.explicit_log_dir={log_dir}"
+    if log_dir.exists() and not log_dir.is_dir():
+        raise ConfigError(f"{key} is a file: name a directory")
+    for name, is_folder in (
+        ("checkpoints", True),
+        ("reference", True),
+        ("metrics.jsonl", False),
+        ("config.yaml", False),
+    ):
+        path = log_dir / name
+        if path.exists() and path.is_dir() != is_folder:
+            raise ConfigError(f"{key}: {path} is a {'file' if is_folder else 'directory'}, remove it")
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
         probe = log_dir / f".write_test_{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ConfigError(f"exp_manager.explicit_log_dir={log_dir} cannot be written: {error.strerror}") from error
+        raise ConfigError(f"{key} cannot be written ({error.strerror}): name another directory") from error
 
 
 def _read_data(config: Config) -> RunData:
     """Validate and tokenise, from the cache where it has these very bytes, and plan the steps."""
+    from nemo_kto.config.architecture import read_architecture
     from nemo_kto.config.checks import check_schedule
     from nemo_kto.config.locate import hf_side
     from nemo_kto.data.tokenize import build_store
+    from nemo_kto.data.vocabulary import check_vocabulary
     from nemo_kto.training.run_data import RunData
 
     data = config.model.data
@@ -145,6 +162,10 @@ def _read_data(config: Config) -> RunData:
     train = build_store(data.data_prefix.train, tokenizer, data)
     files = data.data_prefix.validation
     validation = build_store(files, tokenizer, data) if files else None
+    vocab_size = read_architecture(tokenizer).vocab_size
+    check_vocabulary(train, data.data_prefix.train, vocab_size, tokenizer)
+    if validation is not None:
+        check_vocabulary(validation, files or [], vocab_size, tokenizer)
     plan = RunData(config, train, validation)
     check_schedule(config.model.optim, plan.total_steps)
     return plan

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_kto.config.architecture import Architecture
+from nemo_kto.config.archives import is_archive
 from nemo_kto.config.schema import Config, ExpManagerConfig, KTOConfig, KTOLoopConfig, ModelConfig, OptimConfig
 from nemo_kto.errors import ConfigError
 
@@ -285,5 +286,6 @@ def _paths(config: Config) -> Iterator[str]:
     ):
         if path is not None and not Path(path).exists():
             yield f"{key}={path} does not exist"
-        elif path is not None and not Path(path).is_dir():
-            yield f"{key}={path} is not a directory: give a Hugging Face or Megatron checkpoint directory"
+        elif path is not None and not Path(path).is_dir() and (key.startswith("exp_manager") or not is_archive(path)):
+            archive = "" if key.startswith("exp_manager") else ", or a .nemo file"
+            yield f"{key}={path} is not a directory: give a Hugging Face or Megatron checkpoint directory{archive}"

@@ -30,6 +30,7 @@ from nemo_kto.gpt.forward import Passes
 from nemo_kto.reference.host_weights import HostWeights
 from nemo_kto.reference.swap import SwapReference, WeightSwap
 from nemo_kto.training.metrics import SUMS, Metrics, MetricsFile, named_means, peak_memory_bytes
+from nemo_kto.training.nemo_connector import MegatronKTOConnector
 from nemo_kto.training.optim import (
     LightningMegatronOptimizer,
     build_optimizer,
@@ -72,6 +73,7 @@ class MegatronGPTKTOModel(ModelPT):
         self._validation_pairs = 0
         self._step_started = time.perf_counter()
         self._metrics_file = MetricsFile(self.log_dir / "metrics.jsonl")
+        self._save_restore_connector = MegatronKTOConnector()
         self.skips = SkippedSteps(self.log_dir, run.trainer.kto.max_consecutive_skips, data.records_before)
 
     # -- what ModelPT wants to know
@@ -86,6 +88,11 @@ class MegatronGPTKTOModel(ModelPT):
     def list_available_models(cls) -> list[Any]:
         """None: weights come from ``pretrained_checkpoint.restore_from_path``."""
         return []
+
+    @classmethod
+    def restore_from(cls, restore_path: str, override_config_path: Config, trainer: Trainer, data: RunData) -> Any:
+        """A run that starts from a ``.nemo`` file: :meth:`MegatronKTOConnector.restore_from`."""
+        return MegatronKTOConnector(data).restore_from(cls, restore_path, override_config_path, trainer=trainer)
 
     # -- the network and its reference
 

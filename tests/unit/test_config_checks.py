@@ -148,7 +148,13 @@ CASES = [
     (
         [f"pretrained_checkpoint.restore_from_path={__file__}"],
         1,
-        f"pretrained_checkpoint.restore_from_path={__file__} is not a directory",
+        f"pretrained_checkpoint.restore_from_path={__file__} is not a directory: give a Hugging Face or Megatron "
+        "checkpoint directory, or a .nemo file",
+    ),
+    (
+        [f"exp_manager.resume_from_checkpoint={__file__}"],
+        1,
+        f"exp_manager.resume_from_checkpoint={__file__} is not a directory",
     ),
 ]
 
@@ -196,6 +202,15 @@ def test_all_problems_come_at_once():
 )
 def test_what_makes_sense_passes(overrides):
     checks.check(load_config([*GIVEN, *overrides]), 1)
+
+
+def test_an_archive_is_a_model_but_no_checkpoint(tmp_path):
+    archive = tmp_path / "model.nemo"
+    archive.touch()
+    words = [f"pretrained_checkpoint.restore_from_path={archive}", f"model.kto.reference_from_path={archive}"]
+    checks.check(load_config([*GIVEN, *words]), 1)
+    with pytest.raises(ConfigError, match=r"resume_from_checkpoint=.* is not a directory"):
+        checks.check(load_config([*GIVEN, f"exp_manager.resume_from_checkpoint={archive}"]), 1)
 
 
 @pytest.mark.parametrize("layout", ["laptop", "1gpu", "8gpu", "32gpu"])
