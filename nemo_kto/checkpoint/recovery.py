@@ -44,16 +44,20 @@ def _newest_whole(log_dir: Path) -> Path:
     for _, path in reversed(checkpoint_steps(log_dir)):
         found = damages(path)
         if not found:
+            _report(damaged)
             _set_aside([path for path, _ in damaged])
             return path
         damaged.append((path, found))
-        if dist.get_rank() == 0:
-            logger.error("%s is damaged and not used: %s", path, "; ".join(found[:3]))
     listed = "\n".join(f"  {found[0]}" for _, found in damaged)
     raise CheckpointError(
         f"no checkpoint in {log_dir / 'checkpoints'} is whole:\n{listed}\nrestore one of them from a copy, or choose "
         "another exp_manager.explicit_log_dir to start anew"
     )
+
+
+def _report(damaged: list[tuple[Path, list[str]]]) -> None:
+    for path, found in damaged if dist.get_rank() == 0 else ():
+        logger.error("%s is damaged and not used: %s", path, "; ".join(found[:3]))
 
 
 def _set_aside(paths: list[Path]) -> None:

@@ -88,6 +88,8 @@ class RunReference:
         """What the run that is resumed has kept, checked; None where it is to come from the source."""
         folder = resume_from.resolve().parents[1] / FOLDER
         wanted = _recorded(resume_from)
+        if wanted is None and (folder / manifest.MANIFEST).is_file():
+            wanted = manifest.identity(folder)  # no record can be read; what is kept must not be replaced all the same
         if wanted is None:
             return None  # not one of ours, or of a version that kept no reference
         problem = _problem(folder, wanted)

@@ -140,7 +140,10 @@ def _explain(error: Exception) -> str:
     if override is None:
         return f"config: {text}"
     if override[1] in schema_keys():
-        return f"{override[1]}: the yaml sets the group above it to null; delete that line of the yaml"
+        return (
+            f"{override[1]}: the yaml does not have the group above it: begin it with `defaults: [gpt_kto, "
+            "{override loss: kto_paper}, _self_]`, and delete a line that sets the group to null"
+        )
     return _unknown(override[1])
 
 
