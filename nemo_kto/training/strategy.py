@@ -203,7 +203,8 @@ def _resume_after(step: int, fit_loop: dict[str, Any]) -> None:
     given more steps would end at once.
     """
     batches = fit_loop["epoch_loop.batch_progress"]
-    for counters in (batches["current"], batches["total"]):
+    updates = fit_loop["epoch_loop.manual_optimization.optim_step_progress"]  # where global_step comes from
+    for counters in (batches["current"], batches["total"], updates["current"], updates["total"]):
         counters.update(dict.fromkeys(counters, step))
     batches["is_last_batch"] = False
     for counters in (fit_loop["epoch_progress"]["current"], fit_loop["epoch_progress"]["total"]):
