@@ -72,6 +72,19 @@ WEIGHTS = {
 }
 """Told by the process that loads them."""
 
+FREE, TAKEN = "{free}", "{taken}"
+"""Stand for a port that nobody uses, and for one that the test listens at."""
+
+
+def _join(rank: str, address: str, port: str, *says: str) -> Bad:
+    """One rank of two, with a meeting point."""
+    return config(
+        "trainer.join_timeout_minutes=0.05",
+        says=says,
+        **{"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": port},
+    )
+
+
 ALONE = {
     "score: world": config(
         *SCORE, "--out", "s.jsonl", "--tensor-parallel", "2", says=("world size 1 is not a multiple of",)
@@ -80,5 +93,10 @@ ALONE = {
         "trainer.accelerator=gpu", says=("trainer.accelerator=gpu", "sees no CUDA device: use auto")
     ),
     "no meeting point": config(says=("MASTER_ADDR", "torchrun"), RANK="0", WORLD_SIZE="2"),
+    "no port": _join("0", "127.0.0.1", "http", "MASTER_PORT='http'"),
+    "missing rank": _join("0", "127.0.0.1", FREE, "rank 1 of 2 did not join within 3 s"),
+    "port in use": _join("0", "127.0.0.1", TAKEN, "MASTER_PORT={taken} is in use", "set MASTER_PORT to a free port"),
+    "no rank 0": _join("1", "127.0.0.1", FREE, "did not listen at MASTER_ADDR=127.0.0.1", "rank 0"),
+    "no such host": _join("1", "nowhere.invalid", FREE, "MASTER_ADDR=nowhere.invalid"),
 }
 """Told once the process would join others."""

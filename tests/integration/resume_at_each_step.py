@@ -1,4 +1,4 @@
-"""Run by test_resume_exact.py in one process, since importing NeMo costs seconds: one run, then it again from many steps.
+"""Run by test_resume_exact.py in one process, since importing NeMo costs seconds: one run, then from many steps.
 
 Usage: resume_at_each_step.py DIRECTORY STEPS OVERRIDE...   The run goes to DIRECTORY/whole, and what goes on from its
 checkpoint of step K to DIRECTORY/from-K.
