@@ -121,9 +121,8 @@ def test_a_process_of_multiprocessing_ends_with_its_creator(tmp_path):
         "    print('ready', flush=True)\n"
         "    time.sleep(60)\n"
     )
-    with subprocess.Popen(
-        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, script], text=True, **pipes) as process:
         assert process.stdout.readline() == "ready\n"
         process.kill()
         assert process.communicate(timeout=20)[0] == ""
