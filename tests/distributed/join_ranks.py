@@ -1,4 +1,4 @@
-"""Runs ranks that join a job, or cannot: torch is imported once, and every rank of every case is a fork of that process.
+"""Runs ranks that join a job, or cannot: torch is imported once, and every rank of every case is a fork of it.
 
 A case maps a rank to ``[act, environment]``. Reads the cases from a file and writes, for each rank, its exit code,
 seconds and standard error to another.
