@@ -112,7 +112,13 @@ def check_distributed(folder: Path, arch: Architecture) -> str:
             "save it again with model.dist_ckpt_format=torch_dist"
         )
     check_metadata(folder, [])
-    index: dict[str, Any] = FileSystemReader(folder).read_metadata().state_dict_metadata
+    stored = FileSystemReader(folder).read_metadata()
+    lost = sorted(
+        info.relative_path for info in stored.storage_data.values() if not (folder / info.relative_path).is_file()
+    )
+    if lost:
+        raise CheckpointError(f"{folder / lost[0]} is missing, though {folder.name}/.metadata names it")
+    index: dict[str, Any] = stored.state_dict_metadata
     names = [name for name in index if name.startswith(PREFIX) and _is_weight(name)]
     check_metadata(folder, names)
     _checked(names, arch, str(folder), 0)

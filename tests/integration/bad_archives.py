@@ -91,7 +91,7 @@ EDITS: dict[str, tuple[Callable[[Files], object], tuple[str, ...]]] = {
     "no_weights_at_all": (_without(WEIGHTS), (WEIGHTS,)),
     "no_index": (_without(f"{WEIGHTS}/.metadata"), (".metadata",)),
     "garbled_index_file": (lambda files: files.update({f"{WEIGHTS}/.metadata": b"no pickle"}), (".metadata",)),
-    "lost_shard": (_without(f"{WEIGHTS}/__0_0"), ("__0_0.distcp",)),
+    "lost_shard": (_without(f"{WEIGHTS}/__0_0"), ("__0_0.distcp is missing",)),
     "garbled_hf": (lambda files: files.update({"hf/config.json": b"{"}), ("hf/config.json: not valid JSON",)),
     "no_vocabulary_size": (
         lambda files: files.update({"hf/config.json": _no_vocabulary(files["hf/config.json"])}),
