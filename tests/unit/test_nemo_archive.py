@@ -153,7 +153,7 @@ def test_a_missing_archive_is_named(tmp_path):
 # --- hostility
 
 HOSTILE = {
-    "absolute": (entry("/tmp/pwned", size=3), "outside its directory"),
+    "absolute": (entry("/absolute/pwned", size=3), "outside its directory"),
     "parent": (entry("./a/../../pwned", size=3), "outside its directory"),
     "parent folder": (entry("../pwned", tarfile.DIRTYPE), "outside its directory"),
     "no name": (entry("./", size=3), "outside its directory"),
@@ -180,10 +180,11 @@ def test_a_hostile_member_is_refused_before_anything_is_written(name, mode, tmp_
     assert "bad.nemo" in str(refused.value)
     assert not list((tmp_path / "out").iterdir())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.nemo", "out"]
+    assert not Path("/absolute").exists()
 
 
 def test_a_pax_header_cannot_smuggle_a_name_or_size_past_the_checks(tmp_path):
-    for headers in ({"path": "/tmp/pwned"}, {"path": "../pwned"}, {"size": "-1"}, {"GNU.sparse.major": "1"}):
+    for headers in ({"path": "/absolute/pwned"}, {"path": "../pwned"}, {"size": "-1"}, {"GNU.sparse.major": "1"}):
         info = entry("plain", size=3)
         info.pax_headers = headers
         with tarfile.open(tmp_path / "bad.nemo", "w", format=tarfile.PAX_FORMAT) as archive:
