@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import signal
@@ -34,6 +35,14 @@ def listen() -> None:
     for number in HEEDED:
         signal.signal(number, _note)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HEEDED)
+    atexit.register(_ignore_late_ones)
+
+
+def _ignore_late_ones() -> None:
+    """Keep the exit code: an interpreter that ends puts the default actions back, and would die of one signal more."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # not Ctrl-C, which may be all there is against an end that hangs
+        if os.getpid() == _listener and signal.getsignal(number) is _note:
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

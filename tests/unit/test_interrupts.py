@@ -74,6 +74,22 @@ def test_signals_are_noted(name):
     assert (done.stdout.strip(), done.stderr) == (said, "")
 
 
+LATE = """
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid(), numbers=(signal.SIGTERM, signal.SIGUSR1)):
+        for number in numbers:
+            kill(pid, number)
+interrupts.listen()
+kept = Late()  # goes when the interpreter has put the default actions back
+sys.exit(4)
+"""
+
+
+def test_a_signal_in_the_last_moment_does_not_change_the_exit_code():
+    done = subprocess.run([sys.executable, "-c", PRELUDE + LATE], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (4, "")
+
+
 def test_no_heavy_import():
     code = "import sys, nemo_kto.interrupts, nemo_kto.peers, nemo_kto.parents; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
