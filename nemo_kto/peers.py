@@ -12,7 +12,6 @@ import re
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -49,6 +48,7 @@ _watched: Store | None = None
 _rank = 0
 _left = threading.Event()
 _thread: threading.Thread | None = None
+_blocked: list[threading.Thread] = []
 _report: list[Callable[[KTOError], None]] = []
 
 
@@ -90,6 +90,21 @@ def watch(store: Store, rank: int) -> None:
     atexit.register(leave)
 
 
+def may_block(thread: threading.Thread) -> None:
+    """Note a thread that waits inside torch, perhaps for ever."""
+    _blocked[:] = [other for other in _blocked if other.is_alive()] + [thread]
+
+
+def end_if_blocked(code: int) -> None:
+    """End this process at once where such a thread still waits.
+
+    An interpreter that ends in the usual way aborts when torch comes back from the wait and cannot take the lock.
+    """
+    if any(thread.is_alive() for thread in _blocked):
+        _flush()
+        os._exit(code)
+
+
 def leave() -> None:
     """Look no longer: the job is over for this process, and its store may go."""
     global _watched, _thread
@@ -97,6 +112,7 @@ def leave() -> None:
     thread, _watched, _thread = _thread, None, None
     if thread is not None:
         thread.join(_LEAVE_S)
+        may_block(thread)
 
 
 def tell_others(message: str) -> None:
@@ -133,14 +149,17 @@ def _end(error: LostContactError) -> None:
         _report[0](error)
     else:
         sys.stderr.write(f"error: {error}\n")
+    _flush()
+    os._exit(error.exit_code)
+
+
+def _flush() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    time.sleep(0.1)
-    os._exit(error.exit_code)
 
 
 def _reason(error: BaseException) -> str:
     """The telling part of torch's message: without the place in its source, and without a stack."""
     line = str(error).split("\n")[0]
     line = re.sub(r"^\[[^\]]*\]\s*", "", line)
-    return line.split(". This may indicate")[0].strip().rstrip(".") or type(error).__name__
+    return line.split(". This ")[0].strip().rstrip(".") or type(error).__name__

@@ -23,7 +23,7 @@ from nemo_kto import __version__
 from nemo_kto.cli.processes import tell
 from nemo_kto.errors import KTOError, StoppedEarlyError
 from nemo_kto.parents import follow_parent
-from nemo_kto.peers import is_loss, lost_contact, report_with, tell_others
+from nemo_kto.peers import end_if_blocked, is_loss, lost_contact, report_with, tell_others
 
 VERBS = ("prepare", "train", "score", "convert", "report")
 
@@ -112,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         tell_others("interrupted")
         print("interrupted", file=sys.stderr)
+        end_if_blocked(130)
         return 130
     except Exception as error:
         if is_loss(error):
@@ -128,6 +129,7 @@ def _end(error: KTOError) -> int:
     tell(error)
     if not isinstance(error, StoppedEarlyError):
         tell_others(str(error))
+    end_if_blocked(error.exit_code)
     return error.exit_code
 
 

@@ -170,6 +170,7 @@ def _within(connect: Callable[[], Store], world: World, deadline: float, problem
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
+    peers.may_block(thread)
     while thread.is_alive() and time.monotonic() < deadline:
         thread.join(_POLL_S)
         _heed()

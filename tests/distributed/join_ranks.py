@@ -56,7 +56,7 @@ def _fail() -> None:
     """Join, and fail without closing a connection, as a rank does whose others wait in NCCL."""
     _joined()
     peers.tell_others("a shard is missing")
-    time.sleep(60)
+    time.sleep(25)
 
 
 def _die() -> None:
