@@ -74,8 +74,8 @@ def test_a_rank_that_dies_is_one_line_at_the_others(root):
     assert run.log.count("Traceback (most recent call last)") == 1, run.log  # torchrun's own
     assert len(run.errors) == 1, run.log
     assert re.fullmatch(
-        r"error: lost contact with another rank \([^()]*Connection (closed|reset) by peer[^()]*\): its own log says why; "
-        r"a training goes on from its newest checkpoint with the same command",
+        r"error: lost contact with another rank \([^()]*Connection (closed|reset) by peer[^()]*\): its own log says "
+        r"why; a training goes on from its newest checkpoint with the same command",
         run.errors[0],
     )
 
