@@ -129,6 +129,7 @@ class StepBoundary(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take signals back from Lightning, which would end the run where it stands."""
         interrupts.listen()
+        self._agreement.start()
         trainer._signal_connector.received_sigterm = False
         if self._keeper is not None:
             self._keeper.start(trainer)

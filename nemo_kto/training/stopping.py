@@ -17,12 +17,18 @@ class StopAgreement:
     """Asks all ranks at step boundaries whether one of them was told to stop.
 
     Args:
-        max_seconds: of wall clock since this object was made; None for no limit. Clocks differ between machines, so
-            this too is agreed on.
+        max_seconds: of wall clock since :meth:`start`; None for no limit. Clocks differ between machines, so this too
+            is agreed on.
     """
 
     def __init__(self, max_seconds: float | None) -> None:
-        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
+        self._max_seconds = max_seconds
+        self._deadline: float | None = None
+
+    def start(self) -> None:
+        """Start the clock: when training starts, so that a run whose start-up is slow takes at least one step."""
+        if self._max_seconds is not None:
+            self._deadline = time.monotonic() + self._max_seconds
 
     def reason(self, device: torch.device) -> str | None:
         """Why to stop, the same answer on every rank; None to go on. All ranks call it.
