@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 
 HEEDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -52,8 +53,12 @@ def shielded() -> Iterator[None]:
     A blocked signal stays blocked in whatever is started, also by ``exec``; what arrives here meanwhile is delivered
     when the block ends. Started processes must end by other means, with their parent for instance.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HEEDED)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
+        # multiprocessing starts its tracker with the first process, and unblocks SIGTERM and SIGINT when it has. So
+        # before the block: else it would open the shield for the process that is started next
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, HEEDED)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -41,6 +41,15 @@ CASES = {
         "interrupts.listen(); send(signal.SIGTERM); interrupts.forget(); print(interrupts.requested())",
         "None",
     ),
+    "what is started shielded has them blocked": (
+        "from multiprocessing import forkserver\n"
+        "interrupts.listen()\nwith interrupts.shielded():\n    forkserver.ensure_running()\n"
+        "status = open(f'/proc/{forkserver._forkserver._forkserver_pid}/status').read()\n"
+        "mask = int(status.split('SigBlk:')[1].split()[0], 16)\n"
+        "own = signal.pthread_sigmask(signal.SIG_BLOCK, [])\n"
+        "print([bool(mask >> (n - 1) & 1) for n in interrupts.HEEDED], own)",
+        "[True, True, True] set()",
+    ),
     "another thread cannot listen": (
         "t = threading.Thread(target=interrupts.listen); t.start(); t.join()\n"
         "print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)",
