@@ -269,7 +269,7 @@ class Job:
         passes = Passes(self.chunks, self.groups, self.arch.vocab_size)
         scorer = SwapReference(self.swap, passes, micro_batch_size=rows, needs_kl=self.settings.needs_kl)
         self.step = KTOStep(passes, scorer, self.settings, self.groups, rows)
-        data = RunData(config, build_store(model.data.data_prefix.train, start, model.data), None)
+        data = RunData(config, build_store(model.data.data_prefix.train, start, model.data), None, self.arch)
         self.batches = data.train_loader(0, dp_rank=self.groups.dp_rank, dp_size=self.groups.dp_size)
 
     def clear_gradients(self) -> None:

@@ -17,14 +17,13 @@ from nemo_kto.checkpoint.dist import damages, load_model, save_model
 from nemo_kto.checkpoint.together import on_first_rank
 from nemo_kto.checkpoint.weights import load_weights
 from nemo_kto.config.architecture import Architecture
+from nemo_kto.config.resume import RECORD
 from nemo_kto.distributed.groups import ParallelGroups
 from nemo_kto.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "reference"
-RECORD = "run.json"
-"""File of a checkpoint with what the run was, readable without torch; ``reference`` is the reference's identity."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import difflib
 import importlib
 import importlib.util
@@ -80,8 +81,9 @@ def _log_to_stderr() -> None:
 
 class _LowerLevel(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        record.levelname = record.levelname.lower()
-        return super().format(record)
+        own = copy.copy(record)  # other handlers get the same record
+        own.levelname = record.levelname.lower()
+        return super().format(own)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -162,11 +162,11 @@ def _read_data(config: Config) -> RunData:
     train = build_store(data.data_prefix.train, tokenizer, data)
     files = data.data_prefix.validation
     validation = build_store(files, tokenizer, data) if files else None
-    vocab_size = read_architecture(tokenizer).vocab_size
-    check_vocabulary(train, data.data_prefix.train, vocab_size, tokenizer)
+    network = read_architecture(tokenizer)
+    check_vocabulary(train, data.data_prefix.train, network.vocab_size, tokenizer)
     if validation is not None:
-        check_vocabulary(validation, files or [], vocab_size, tokenizer)
-    plan = RunData(config, train, validation)
+        check_vocabulary(validation, files or [], network.vocab_size, tokenizer)
+    plan = RunData(config, train, validation, network)
     check_schedule(config.model.optim, plan.total_steps)
     return plan
 

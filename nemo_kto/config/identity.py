@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nemo_kto.config.architecture import Architecture
 from nemo_kto.config.schema import Config
 
 DATA = "model.data.data_prefix.train"
 TOKENIZER = "tokenizer"
 BATCH_SIZE = "model.global_batch_size"
+NETWORK = "network"
 _FREE_KTO_KEYS = ("log_prob_forward_micro_batch_size", "reference", "reference_from_path")
 """Of ``model.kto``: how the same numbers are computed, and paths."""
 _DATA_KEYS = ("seq_length", "shuffle", "append_eos", "overlong")
@@ -30,7 +32,7 @@ class FileDigests:
     tokenizer: tuple[tuple[str, str], ...]
 
 
-def identity(config: Config, digests: FileDigests) -> dict[str, Any]:
+def identity(config: Config, digests: FileDigests, network: Architecture) -> dict[str, Any]:
     """Everything that decides which samples a step sees and what is minimised on them, as JSON values by key.
 
     Layout, micro-batch, optimizer, length of the run, validation, workers and paths are free to change.
@@ -38,6 +40,7 @@ def identity(config: Config, digests: FileDigests) -> dict[str, Any]:
     Args:
         config: the run.
         digests: of its training files and tokenizer.
+        network: what it trains.
     """
     model = config.model
     values: dict[str, Any] = {BATCH_SIZE: model.global_batch_size, "model.seed": model.seed}
@@ -45,9 +48,9 @@ def identity(config: Config, digests: FileDigests) -> dict[str, Any]:
     values |= {f"model.data.{key}": getattr(model.data, key) for key in _DATA_KEYS}
     values["trainer.kto.limit_train_batches"] = config.trainer.kto.limit_train_batches
     values[DATA] = [{"file": name, "sha256": digest} for name, digest in digests.data]
-    # config.json says which network it is; a tool that saves the same one again writes other bytes
+    # config.json counts by what it says: a tool that saves the same network again writes other bytes
     values[TOKENIZER] = {name: digest for name, digest in digests.tokenizer if name != "config.json"}
-    return values
+    return values | {f"{NETWORK}.{key}": value for key, value in asdict(network).items()}
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -17,11 +17,12 @@ from nemo.core.classes import ModelPT
 from torch import nn
 from torch.utils.data import DataLoader
 
-from nemo_kto.checkpoint.run_reference import RECORD, RunReference
+from nemo_kto.checkpoint.run_reference import RunReference
 from nemo_kto.checkpoint.weights import load_weights
 from nemo_kto.config.architecture import Architecture, read_architecture
 from nemo_kto.config.load import to_container, to_yaml
 from nemo_kto.config.locate import hf_side, resume_path
+from nemo_kto.config.resume import RECORD
 from nemo_kto.config.schema import Config
 from nemo_kto.data.batch import StepBatch
 from nemo_kto.errors import CheckpointError

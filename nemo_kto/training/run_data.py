@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.utils.data import DataLoader
 
+from nemo_kto.config.architecture import Architecture
 from nemo_kto.config.identity import identity
 from nemo_kto.config.schema import Config
 from nemo_kto.data.batch import StepBatch
@@ -22,6 +23,7 @@ class RunData:
         config: the run.
         train: training rows.
         validation: held-out rows, or None.
+        network: what is trained.
 
     Attributes:
         steps_per_epoch: optimizer steps per pass over the training data, after ``limit_train_batches``.
@@ -33,10 +35,12 @@ class RunData:
         validation_summary: the same of the validation data, or None.
     """
 
-    def __init__(self, config: Config, train: TokenStore, validation: TokenStore | None) -> None:
+    def __init__(
+        self, config: Config, train: TokenStore, validation: TokenStore | None, network: Architecture
+    ) -> None:
         loop, model = config.trainer.kto, config.model
         self._config, self._train_store, self._validation_store = config, train, validation
-        self.identity = {} if train.digests is None else identity(config, train.digests)
+        self.identity = {} if train.digests is None else identity(config, train.digests, network)
         self._places = RecordPlaces(model.data.data_prefix.train)
         self.train_summary = train.summary
         self.validation_summary = None if validation is None else validation.summary

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.distributed
 
 def prepare(root: Path, *words: str):
     """Config, data and trainer of a run, as ``nemo-kto train`` makes them."""
+    from nemo_kto.config.architecture import read_architecture
     from nemo_kto.config.load import load_config
     from nemo_kto.config.world import world_from_environment
     from nemo_kto.data.tokenize import build_store
@@ -34,7 +35,8 @@ def prepare(root: Path, *words: str):
         ]
     )
     Path(config.exp_manager.explicit_log_dir).mkdir(exist_ok=True)
-    data = RunData(config, build_store(config.model.data.data_prefix.train, root / "model", config.model.data), None)
+    store = build_store(config.model.data.data_prefix.train, root / "model", config.model.data)
+    data = RunData(config, store, None, read_architecture(root / "model"))
     return config, data, build_trainer(config, data, world_from_environment())
 
 

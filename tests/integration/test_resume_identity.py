@@ -38,6 +38,8 @@ def here(tmp_path_factory, tiny_llama) -> Path:
     train(here, "run", *WORDS)
     other = shutil.copytree(here / "model", here / "other_tokenizer") / "tokenizer_config.json"
     other.write_text(other.read_text().replace("<|im_end|>", "<|im_start|>"))
+    config = shutil.copytree(here / "model", here / "other_network") / "config.json"
+    config.write_text(config.read_text().replace("10000.0", "500000.0"))
     return here
 
 
@@ -90,6 +92,10 @@ CASES = {
     "tokenizer": (
         ["pretrained_checkpoint.restore_from_path=other_tokenizer"],
         ["tokenizer: tokenizer_config.json holds other bytes than then"],
+    ),
+    "network": (
+        ["pretrained_checkpoint.restore_from_path=other_network"],
+        ["network.rope_theta was 10000.0, now 500000.0"],
     ),
     "from elsewhere": (
         ["exp_manager.explicit_log_dir=new", FROM, "model.seed=1"],

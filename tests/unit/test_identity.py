@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from data_kit import char_tokenizer, data_config, pair, write_jsonl
 
+from nemo_kto.config.architecture import Architecture, RopeScaling
 from nemo_kto.config.identity import FileDigests, differences, identity
 from nemo_kto.config.load import load_config
 from nemo_kto.config.resume import RECORD, check_resume
@@ -17,13 +19,14 @@ from nemo_kto.data.tokenize import build_store
 from nemo_kto.errors import ConfigError
 
 DIGESTS = FileDigests((("a.jsonl", "1a"), ("b.jsonl", "2b")), (("config.json", "0"), ("tokenizer.json", "3c")))
+NETWORK = Architecture("llama", 4, 64, 128, 4, 2, 16, 399, 256, 1e-5, 1e4, None, False, False, False)
 GIVEN = ["pretrained_checkpoint.restore_from_path=model", "model.data.data_prefix.train=[a.jsonl,b.jsonl]"]
 DATA, CHANGES = "model.data.data_prefix.train", "exp_manager.resume_with_changes=true"
 
 
-def of(*words, digests=DIGESTS):
+def of(*words, digests=DIGESTS, network=NETWORK):
     """As it comes back from run.json."""
-    return json.loads(json.dumps(identity(load_config([*GIVEN, *words]), digests)))
+    return json.loads(json.dumps(identity(load_config([*GIVEN, *words]), digests, network)))
 
 
 MATTERS = {
@@ -69,6 +72,14 @@ FREE = [
 @pytest.mark.parametrize("word", MATTERS)
 def test_what_decides_on_batches_and_loss_is_compared(word):
     assert differences(of(), of(word)) == [MATTERS[word]]
+
+
+def test_a_network_that_computes_otherwise_is_another_one():
+    scaled = RopeScaling("linear", 2.0)
+    changed = differences(of(), of(network=replace(NETWORK, rope_theta=5e5, rope_scaling=scaled)))
+    assert changed[0] == "network.rope_theta was 10000.0, now 500000.0"
+    assert changed[1].startswith('network.rope_scaling was null, now {"kind": "linear", "factor": 2.0')
+    assert len(changed) == 2
 
 
 def test_every_setting_of_the_loss_is_either_compared_or_said_to_be_free():
@@ -165,7 +176,7 @@ def checkpoint(log_dir: Path, record, step: int = 3) -> Path:
 
 def check(log_dir, *words):
     config = load_config([*GIVEN, f"exp_manager.explicit_log_dir={log_dir}", *words])
-    return check_resume(config, identity(config, DIGESTS))
+    return check_resume(config, identity(config, DIGESTS, NETWORK))
 
 
 def test_a_run_that_is_the_same_goes_on_in_silence(log_dir):
@@ -228,4 +239,4 @@ def test_a_new_batch_size_needs_a_directory_of_its_own(tmp_path, log_dir):
 
 
 def test_an_identity_is_plain_json():
-    assert of() == identity(load_config(GIVEN), DIGESTS)
+    assert of() == identity(load_config(GIVEN), DIGESTS, NETWORK)
