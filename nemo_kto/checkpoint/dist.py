@@ -18,8 +18,9 @@ from torch import nn
 from nemo_kto.checkpoint import manifest
 from nemo_kto.checkpoint.metadata import check_metadata
 from nemo_kto.checkpoint.saving import CheckpointWriter, Contents
-from nemo_kto.checkpoint.sharded import sharded_state, take_over, tensor_keys
+from nemo_kto.checkpoint.sharded import Part, sharded_state, take_over, tensor_keys
 from nemo_kto.checkpoint.together import on_all_ranks
+from nemo_kto.config.adapter_record import holds_adapters
 from nemo_kto.config.locate import is_megatron_checkpoint
 from nemo_kto.distributed.collectives import raise_together
 from nemo_kto.distributed.groups import ParallelGroups
@@ -37,7 +38,9 @@ def save_model(
     CheckpointWriter().save(chunks, Contents(Path(hf_source_dir)), out_dir, groups)
 
 
-def load_model(chunks: Sequence[nn.Module], ckpt_dir: str | Path, groups: ParallelGroups) -> None:
+def load_model(
+    chunks: Sequence[nn.Module], ckpt_dir: str | Path, groups: ParallelGroups, part: Part = Part.NETWORK
+) -> None:
     """Read the weights alone, at this layout, into the live parameters.
 
     Raises:
@@ -46,11 +49,15 @@ def load_model(chunks: Sequence[nn.Module], ckpt_dir: str | Path, groups: Parall
     damage = damages(ckpt_dir) if (Path(ckpt_dir) / manifest.MANIFEST).is_file() else []
     if damage:
         raise CheckpointError(f"{ckpt_dir} is damaged: {damage[0]}")
-    load(chunks, None, ckpt_dir, groups)
+    load(chunks, None, ckpt_dir, groups, part)
 
 
 def load(
-    chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | None, ckpt_dir: str | Path, groups: ParallelGroups
+    chunks: Sequence[nn.Module],
+    optimizer: MegatronOptimizer | None,
+    ckpt_dir: str | Path,
+    groups: ParallelGroups,
+    part: Part = Part.NETWORK,
 ) -> dict[str, Any]:
     """Read weights, and optimizer state where an optimizer is given, in place. The layout may differ from the saver's.
 
@@ -63,13 +70,13 @@ def load(
         CheckpointError: not a checkpoint, or its tensors do not fit this model.
     """
     path = Path(ckpt_dir)
-    raise_together(None if is_megatron_checkpoint(path) else _not_a_checkpoint(path), dist.group.WORLD)
-    template = sharded_state(chunks, optimizer, groups, is_loading=True)
+    raise_together(_unfit(path, part), dist.group.WORLD)
+    template = sharded_state(chunks, optimizer, groups, part=part, is_loading=True)
 
     def fill() -> dict[str, Any]:
         check_metadata(path, tensor_keys(template))
         state = dist_checkpointing.load(template, str(path))
-        take_over(chunks, state)
+        take_over(chunks, state, part)
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
         common: dict[str, Any] = state.get("common", {})
@@ -90,5 +97,14 @@ def damages(folder: str | Path) -> list[str]:
     return list(dict.fromkeys(line for lines in everyone for line in lines))
 
 
-def _not_a_checkpoint(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path} is not a Megatron distributed checkpoint: it holds no metadata.json")
+def _unfit(path: Path, part: Part) -> CheckpointError | None:
+    if not is_megatron_checkpoint(path):
+        return CheckpointError(f"{path} is not a Megatron distributed checkpoint: it holds no metadata.json")
+    if part is Part.NETWORK and holds_adapters(path):
+        return CheckpointError(
+            f"{path} holds adapters alone: give their base model as pretrained_checkpoint.restore_from_path, and them "
+            "as model.peft.restore_from_path"
+        )
+    if part is Part.ADAPTERS and not holds_adapters(path):
+        return CheckpointError(f"{path} holds no adapters but a whole model: it was saved with peft_scheme none")
+    return None

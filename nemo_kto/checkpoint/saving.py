@@ -27,7 +27,7 @@ from nemo_kto import interrupts
 from nemo_kto.checkpoint import manifest, random_state
 from nemo_kto.checkpoint.hf_export import copy_companions
 from nemo_kto.checkpoint.manifest import FileRecord
-from nemo_kto.checkpoint.sharded import sharded_state
+from nemo_kto.checkpoint.sharded import Part, sharded_state
 from nemo_kto.checkpoint.together import on_all_ranks, on_first_rank
 from nemo_kto.config.locate import HF_SUBDIR
 from nemo_kto.distributed.groups import ParallelGroups
@@ -51,6 +51,7 @@ class Contents:
         common: state that is equal on all ranks: plain numbers, strings, lists, dicts and tensors.
         documents: small text files by name.
         random_streams: whether the random streams of all ranks go along.
+        part: the network's weights, or its adapters alone.
     """
 
     hf_source: Path
@@ -58,6 +59,7 @@ class Contents:
     common: Mapping[str, Any] = field(default_factory=dict)
     documents: Mapping[str, str] = field(default_factory=dict)
     random_streams: bool = False
+    part: Part = Part.NETWORK
 
 
 class CheckpointWriter:
@@ -176,7 +178,8 @@ def _request(
     chunks: Sequence[nn.Module], contents: Contents, draft: Path, target: Path, groups: ParallelGroups
 ) -> AsyncRequest:
     """Everything up to the point where only bytes of tensors are left to write, and what follows after that."""
-    state = {**sharded_state(chunks, contents.optimizer, groups, is_loading=False), "common": dict(contents.common)}
+    weights = sharded_state(chunks, contents.optimizer, groups, part=contents.part, is_loading=False)
+    state = {**weights, "common": dict(contents.common)}
     sharded, common = save_preprocess(state, True, None)
     streams = random_state.gather(groups) if contents.random_streams else None
     on_first_rank(partial(_write_small, draft, common, contents, streams), f"{draft} cannot be written")

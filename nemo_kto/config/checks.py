@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_kto.config.architecture import Architecture
 from nemo_kto.config.archives import is_archive
+from nemo_kto.config.lora import problems as peft_problems
 from nemo_kto.config.schema import Config, ExpManagerConfig, KTOConfig, KTOLoopConfig, ModelConfig, OptimConfig
 from nemo_kto.errors import ConfigError
 
@@ -172,10 +173,7 @@ def _sizes(model: ModelConfig) -> Iterator[str]:
         yield "model.context_parallel_size: context parallelism is not available, use 1 and shard by tensor, pipeline"
     if model.virtual_pipeline_model_parallel_size is not None:
         yield "model.virtual_pipeline_model_parallel_size: not available yet, use null"
-    if model.peft.peft_scheme != "none":
-        yield f"model.peft.peft_scheme={model.peft.peft_scheme}: adapters are not available yet, use none"
-    if model.peft.restore_from_path is not None:
-        yield "model.peft.restore_from_path: adapters are not available yet, use null"
+    yield from peft_problems(model)
     yield from _recompute(model)
 
 
@@ -199,10 +197,10 @@ def _objective(kto: KTOConfig) -> Iterator[str]:
     yield from _one_of("model.kto.kl_clamp", kto.kl_clamp, ("per_sample", "batch_mean"))
     yield from _one_of("model.kto.loss_normalization", kto.loss_normalization, ("per_class", "per_batch"))
     yield from _one_of("model.kto.loss_type", kto.loss_type, ("kto", "apo_zero_unpaired"))
-    if kto.reference in ("adapters_off", "cache"):
-        yield f"model.kto.reference={kto.reference}: not available yet, use swap"
+    if kto.reference == "cache":
+        yield "model.kto.reference=cache: not available yet, use swap, or adapters_off with LoRA"
     else:
-        yield from _one_of("model.kto.reference", kto.reference, ("swap",))
+        yield from _one_of("model.kto.reference", kto.reference, ("auto", "swap", "adapters_off"))
     yield from _above(0, "model.kto.ref_policy_kl_penalty", kto.ref_policy_kl_penalty)
     yield from _at_least(
         0,

@@ -33,8 +33,9 @@ _ADVICE = {
     "model.data.eod_mask_loss": f"{_REMOVE} (the response's EOS is always scored)",
     "model.data.index_mapping_dir": "use model.data.cache_dir",
     "model.overwrite_base_config": _REMOVE,
-    "model.peft.restore_from_ckpt": f"{_REMOVE} (adapters are not available yet)",
-    "model.peft.lora_tuning": f"{_REMOVE} (adapters are not available yet)",
+    "model.peft.restore_from_ckpt": "use model.peft.restore_from_path",
+    "model.peft.lora_tuning.weight_tying": f"{_REMOVE} (every layer has its own adapters)",
+    "model.peft.lora_tuning.position_embedding_strategy": f"{_REMOVE} (of weight tying)",
     "model.ub_tp_comm_overlap_cfg": f"{_REMOVE} (and the tp_overlap line of the defaults)",
     "precision": "use trainer.precision",
 }

@@ -94,11 +94,25 @@ class KTOConfig:
 
 
 @dataclass(frozen=True)
+class LoraTuningConfig:
+    """``model.peft.lora_tuning``: which linear layers get adapters, and of which kind."""
+
+    target_modules: list[str]
+    adapter_dim: int
+    alpha: float | None
+    adapter_dropout: float
+    column_init_method: str
+    row_init_method: str
+    layer_selection: list[int] | None
+
+
+@dataclass(frozen=True)
 class PeftConfig:
     """``model.peft``: adapters."""
 
     peft_scheme: str
     restore_from_path: str | None
+    lora_tuning: LoraTuningConfig
 
 
 @dataclass(frozen=True)

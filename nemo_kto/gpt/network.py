@@ -10,6 +10,8 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 
+ADAPTERS = "adapters."
+"""Prefix, within a decoder layer, of the names of what adapters add to it."""
 _LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 
@@ -45,10 +47,12 @@ class HiddenStateGPT(GPTModel):
         return self.output_layer(hidden_states, weight=self.head_weight())[0]
 
     def global_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Parameters of this chunk by names that count layers over all pipeline stages, from 0."""
+        """Parameters of this chunk, without adapters, by names that count layers over all pipeline stages, from 0."""
         for name, parameter in self.named_parameters():
             match = _LOCAL_LAYER.match(name)
             if match is not None:
+                if name.startswith(ADAPTERS, match.end()):
+                    continue
                 layer = self.decoder.layers[int(match[1])].layer_number - 1
                 name = f"decoder.layers.{layer}.{name[match.end() :]}"
             yield name, parameter
