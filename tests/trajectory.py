@@ -263,7 +263,7 @@ class Job:
         self.swap = WeightSwap(self.chunks, HostWeights(self.chunks))
         load_weights(self.chunks, self.arch, start, self.groups)
         clip = config.trainer.kto.gradient_clip_val
-        self.optimizer = build_optimizer(self.chunks, model.optim, bf16=bf16, clip_grad=clip)
+        self.optimizer = build_optimizer(self.chunks, model.optim, clip_grad=clip)
         self.settings = loss_settings(model.kto)
         rows = model.kto.log_prob_forward_micro_batch_size
         passes = Passes(self.chunks, self.groups, self.arch.vocab_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,9 @@ from typing import Any
 from torch import nn
 
 from nemo_kto.checkpoint import manifest
-from nemo_kto.checkpoint.dist import damages, load_model, save_model
+from nemo_kto.checkpoint.dist import damages, load_model
+from nemo_kto.checkpoint.saving import CheckpointWriter, Contents
 from nemo_kto.checkpoint.together import on_first_rank
-from nemo_kto.checkpoint.weights import load_weights
-from nemo_kto.config.architecture import Architecture
 from nemo_kto.config.resume import RECORD
 from nemo_kto.distributed.groups import ParallelGroups
 from nemo_kto.errors import CheckpointError
@@ -32,13 +31,15 @@ class RunReference:
 
     Attributes:
         log_dir: the run's directory.
-        source: model directory that a new run takes its reference from.
-        hf_source: config and tokenizer that go along.
+        source: config key and value that say where a new run takes its reference from.
+        load_source: fills the live parameters from there.
+        contents: what is kept beside the weights, and of which part of the network.
     """
 
     log_dir: Path
     source: str
-    hf_source: Path
+    load_source: Callable[[], None]
+    contents: Contents
 
     @property
     def folder(self) -> Path:
@@ -48,7 +49,6 @@ class RunReference:
     def settle(
         self,
         chunks: Sequence[nn.Module],
-        arch: Architecture,
         groups: ParallelGroups,
         *,
         resume_from: Path | None,
@@ -59,7 +59,6 @@ class RunReference:
 
         Args:
             chunks: model chunks; hold the reference afterwards.
-            arch: the network.
             groups: the layout.
             resume_from: the checkpoint to go on from; None for a new run.
             may_differ: whether a resumed run may take its reference from ``source`` where the kept one is lost.
@@ -73,14 +72,14 @@ class RunReference:
         """
         origin = None if resume_from is None else self._origin(resume_from, may_differ=may_differ)
         if origin is None:
-            load_weights(chunks, arch, self.source, groups)
+            self.load_source()
         else:
-            load_model(chunks, origin, groups)
+            load_model(chunks, origin, groups, self.contents.part)
         if not keep:
             return None
         if origin is None or origin.resolve() != self.folder.resolve():
             on_first_rank(lambda: shutil.rmtree(self.folder, ignore_errors=True), f"{self.folder} cannot be removed")
-            save_model(chunks, self.hf_source, self.folder, groups)
+            CheckpointWriter().save(chunks, self.contents, self.folder, groups)
         return manifest.identity(self.folder)
 
     def _origin(self, resume_from: Path, *, may_differ: bool) -> Path | None:
@@ -97,7 +96,7 @@ class RunReference:
         if not may_differ:
             raise CheckpointError(
                 f"{problem}: the run cannot go on with the reference it was started with. Put it back from a copy, or "
-                f"set exp_manager.resume_with_changes=true to take it from model.kto.reference_from_path={self.source}"
+                f"set exp_manager.resume_with_changes=true to take it from {self.source}"
             )
         logger.warning("%s: the reference comes from %s", problem, self.source)
         return None

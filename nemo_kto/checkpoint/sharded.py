@@ -24,7 +24,6 @@ PREFIX = "model."
 """NeMo 1.x's prefix of Megatron GPT weights."""
 # FP8 scales of Transformer Engine's modules, empty here: kept out, so that checkpoints fit with and without it
 EXTRA_STATE = "_extra_state"
-_ADAPTER_PREFIX = "lora."
 
 
 class Part(Enum):
@@ -70,7 +69,7 @@ def _adapters(chunk: nn.Module, groups: ParallelGroups) -> dict[str, Any]:
     """Halves by names that count layers over all stages: which layers have any is the config's choice."""
     found: dict[str, Any] = {}
     for layer, name, adapter in low_ranks([chunk]):
-        prefix = f"{_ADAPTER_PREFIX}{layer}.{name}."
+        prefix = adapter_key(layer, name, "")
         halves = make_sharded_tensors_for_checkpoint(
             dict(adapter.named_parameters()),
             prefix,
@@ -82,6 +81,11 @@ def _adapters(chunk: nn.Module, groups: ParallelGroups) -> dict[str, Any]:
             halves[f"{prefix}b"] = apply_swiglu_sharded_factory(halves[f"{prefix}b"], ())
         found |= halves
     return found
+
+
+def adapter_key(layer: int, linear: str, half: str) -> str:
+    """Name of a half (``a`` or ``b``) in a checkpoint; whole, the rows of B are as Megatron has them on one rank."""
+    return f"lora.{layer}.{linear}.{half}"
 
 
 def tensor_keys(state: dict[str, Any]) -> Iterator[str]:
@@ -117,4 +121,4 @@ def take_over(chunks: Sequence[nn.Module], state: dict[str, Any], part: Part = P
 def _fill_adapters(chunk: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for layer, name, adapter in low_ranks([chunk]):
         for half, parameter in adapter.named_parameters():
-            parameter.data.copy_(weights[f"{_ADAPTER_PREFIX}{layer}.{name}.{half}"])
+            parameter.data.copy_(weights[adapter_key(layer, name, half)])

@@ -46,6 +46,7 @@ def check(config: Config, world_size: int) -> None:
         *_data(config.model),
         *_layout(config.model, world_size),
         *_paths(config),
+        *peft_problems(config.model, config.pretrained_checkpoint.restore_from_path),
     ]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -173,7 +174,6 @@ def _sizes(model: ModelConfig) -> Iterator[str]:
         yield "model.context_parallel_size: context parallelism is not available, use 1 and shard by tensor, pipeline"
     if model.virtual_pipeline_model_parallel_size is not None:
         yield "model.virtual_pipeline_model_parallel_size: not available yet, use null"
-    yield from peft_problems(model)
     yield from _recompute(model)
 
 

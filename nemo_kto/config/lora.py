@@ -33,11 +33,14 @@ class LoraSpec:
     """The adapters of a network, independent of its layout.
 
     Attributes:
-        ranks: linear layer (a value of ``LINEARS``) -> rank of its adapter, in forward order.
+        adapter_dim: nominal rank.
+        ranks: linear layer (a value of ``LINEARS``) -> rank of its adapter, in forward order. A multiple of
+            ``adapter_dim`` where a layer is several in Hugging Face's model, and each began with an A of its own.
         scale: factor of every low-rank product: alpha / adapter_dim.
         layers: decoder layers that have adapters, from 0, ascending; None for all.
     """
 
+    adapter_dim: int
     ranks: Mapping[str, int]
     scale: float
     layers: tuple[int, ...] | None = None
@@ -56,12 +59,29 @@ class LoraSpec:
         try:
             ranks = {str(name): int(rank) for name, rank in values["ranks"].items()}
             layers = values["layers"]
-            spec = cls(ranks, float(values["scale"]), None if layers is None else tuple(int(n) for n in layers))
+            selected = None if layers is None else tuple(int(number) for number in layers)
+            spec = cls(int(values["adapter_dim"]), ranks, float(values["scale"]), selected)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{source} does not describe LoRA adapters: {error!r}") from error
         if not spec.ranks or set(spec.ranks) - set(LINEARS.values()) or min(spec.ranks.values()) < 1:
             raise CheckpointError(f"{source} does not describe LoRA adapters: ranks {dict(spec.ranks)}")
         return spec
+
+    def check_same(self, wanted: LoraSpec, source: object) -> None:
+        """Refuse adapters of ``source``, which this describes, where the config asks for others.
+
+        Raises:
+            ConfigError: tells what to set.
+        """
+        mine = (self.adapter_dim, list(self.ranks), self.scale, self.layers)
+        if mine != (wanted.adapter_dim, list(wanted.ranks), wanted.scale, wanted.layers):
+            names = {linear: name for name, linear in LINEARS.items()}
+            layers = "null" if self.layers is None else f"[{','.join(str(layer + 1) for layer in self.layers)}]"
+            raise ConfigError(
+                f"{_KEYS} does not describe the adapters of {source}: set target_modules="
+                f"[{','.join(names[linear] for linear in self.ranks)}] adapter_dim={self.adapter_dim} "
+                f"alpha={self.scale * self.adapter_dim:g} layer_selection={layers}"
+            )
 
     def has(self, layer: int) -> bool:
         """Whether a decoder layer, from 0, has adapters."""
@@ -78,7 +98,7 @@ def lora_spec(peft: PeftConfig) -> LoraSpec | None:
     alpha = tuning.adapter_dim if tuning.alpha is None else tuning.alpha
     selection = tuning.layer_selection
     layers = None if selection is None else tuple(sorted({number - 1 for number in selection}))
-    return LoraSpec(ranks, alpha / tuning.adapter_dim, layers)
+    return LoraSpec(tuning.adapter_dim, ranks, alpha / tuning.adapter_dim, layers)
 
 
 def reference_mode(model: ModelConfig) -> str:
@@ -88,8 +108,13 @@ def reference_mode(model: ModelConfig) -> str:
     return "swap" if model.peft.peft_scheme == "none" else "adapters_off"
 
 
-def problems(model: ModelConfig) -> Iterator[str]:
-    """What is wrong with ``model.peft`` and the reference that goes with it, one line each."""
+def problems(model: ModelConfig, start: str) -> Iterator[str]:
+    """What is wrong with ``model.peft`` and the reference that goes with it, one line each.
+
+    Args:
+        model: the config's section.
+        start: ``pretrained_checkpoint.restore_from_path``.
+    """
     peft, reference = model.peft, reference_mode(model)
     if peft.peft_scheme not in ("none", "lora"):
         yield f"model.peft.peft_scheme={peft.peft_scheme} is not one of none, lora"
@@ -104,6 +129,11 @@ def problems(model: ModelConfig) -> Iterator[str]:
         yield (
             "model.kto.reference=swap with LoRA takes base + an earlier adapter as the reference: set "
             "model.peft.restore_from_path, or use model.kto.reference=adapters_off"
+        )
+    if model.kto.reference_from_path != start:
+        yield (
+            "model.kto.reference_from_path with LoRA: the reference is the base model, or base + "
+            "model.peft.restore_from_path with model.kto.reference=swap; leave it at its default"
         )
     yield from _tuning_problems(peft)
 

@@ -156,9 +156,7 @@ def _normed(linear: nn.Module, x: Tensor) -> Tensor:
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), linear.eps)
 
 
-def attach(
-    chunks: Sequence[nn.Module], spec: LoraSpec, groups: ParallelGroups, *, dropout: float = 0.0
-) -> None:
+def attach(chunks: Sequence[nn.Module], spec: LoraSpec, groups: ParallelGroups, *, dropout: float = 0.0) -> None:
     """Freeze a network and add adapters to it, all zero, before it is wrapped in DDP.
 
     Args:
@@ -256,6 +254,17 @@ def _numbers(shape: list[int], method: str, key: str) -> Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7]))
     std = math.sqrt(2.0 / sum(shape)) if method == "xavier" else _NORMAL_STD
     return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+@torch.no_grad()
+def merge(chunks: Iterable[nn.Module]) -> None:
+    """Add every low-rank product to the weight of its layer, and empty it: the network computes the same without."""
+    for chunk in chunks:
+        for layer in unwrap(chunk).decoder.layers:
+            for name, adapter in getattr(layer, _NAME, {}).items():
+                weight = getattr(getattr(layer, _PARENTS[name]), name).weight
+                weight.add_((adapter.scale * (adapter.b @ adapter.a)).to(weight.dtype))
+                adapter.b.zero_()
 
 
 @contextmanager

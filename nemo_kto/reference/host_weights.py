@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class HostWeights:
-    """Every parameter of this rank's model slice, in host memory, pinned where CUDA is present.
+    """Every parameter of this rank's model slice that is trained, in host memory, pinned where CUDA is present.
 
     Copies go into existing storage, in place, both ways: Megatron's buffers hold views of the parameters, and
     rebinding ``.data`` would cut them off. On CUDA they run on a stream of their own, which waits for and is waited
@@ -21,7 +21,7 @@ class HostWeights:
     """
 
     def __init__(self, chunks: Iterable[nn.Module]) -> None:
-        self._parameters = [p for chunk in chunks for p in chunk.parameters()]
+        self._parameters = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
         on_cuda = bool(self._parameters) and self._parameters[0].is_cuda
         self._stream = torch.cuda.Stream() if on_cuda else None
         self._host = [torch.empty_like(p, device="cpu", pin_memory=on_cuda) for p in self._parameters]

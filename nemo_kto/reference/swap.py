@@ -6,16 +6,16 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nemo_kto.data.batch import StepBatch
 from nemo_kto.gpt.forward import Passes
 from nemo_kto.gpt.live import is_reference, mark_reference, parameters_settled, require_policy
+from nemo_kto.reference.base import scored
 from nemo_kto.reference.host_weights import HostWeights
 
 
@@ -90,20 +90,8 @@ class SwapReference:
 
     def score(self, step: StepBatch) -> StepBatch:
         """See :class:`~nemo_kto.reference.base.Reference`. One swap serves samples and pairs."""
-        kl_logps: list[Tensor] = []
         with self._swap.swapped():
-            logps = self._passes.score([b.samples for b in step], self._micro_batch_size)
-            if self._needs_kl:
-                kl_logps = self._passes.score([b.kl_rows for b in step], self._micro_batch_size)
-        scored = tuple(
-            replace(
-                batch,
-                ref_logps=logps[i] if logps else None,
-                ref_kl_logps=kl_logps[i] if kl_logps else None,
-            )
-            for i, batch in enumerate(step)
-        )
-        return replace(step, micro_batches=scored)
+            return scored(step, self._passes, self._micro_batch_size, needs_kl=self._needs_kl)
 
 
 @contextmanager

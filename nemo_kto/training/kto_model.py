@@ -17,27 +17,20 @@ from nemo.core.classes import ModelPT
 from torch import nn
 from torch.utils.data import DataLoader
 
-from nemo_kto.checkpoint.run_reference import RunReference
-from nemo_kto.checkpoint.weights import load_weights
-from nemo_kto.config.architecture import Architecture, read_architecture
 from nemo_kto.config.load import to_container, to_yaml
-from nemo_kto.config.locate import hf_side, resume_path
+from nemo_kto.config.locate import hf_side
 from nemo_kto.config.resume import RECORD
 from nemo_kto.config.schema import Config
 from nemo_kto.data.batch import StepBatch
 from nemo_kto.errors import CheckpointError
-from nemo_kto.gpt.build import build_gpt
-from nemo_kto.gpt.forward import Passes
-from nemo_kto.reference.host_weights import HostWeights
-from nemo_kto.reference.swap import SwapReference, WeightSwap
 from nemo_kto.training.metrics import SUMS, Metrics, MetricsFile, named_means, peak_memory_bytes
 from nemo_kto.training.nemo_connector import MegatronKTOConnector
 from nemo_kto.training.optim import (
     LightningMegatronOptimizer,
     build_optimizer,
     set_learning_rate,
-    wrap_data_parallel,
 )
+from nemo_kto.training.policy import Policy, PolicyBuilder
 from nemo_kto.training.run_data import RunData
 from nemo_kto.training.schedule import learning_rate
 from nemo_kto.training.skipped import SkippedSteps
@@ -67,9 +60,8 @@ class MegatronGPTKTOModel(ModelPT):
         self.log_dir = Path(run.exp_manager.explicit_log_dir)
         self.hf_side = hf_side(run.pretrained_checkpoint.restore_from_path)
         self._settings = loss_settings(run.model.kto)
-        self._swap: WeightSwap | None = None
+        self._policy: Policy | None = None
         self._step: KTOStep | None = None
-        self._reference_identity: str | None = None
         self._validation_sums: dict[str, float] = {}
         self._validation_pairs = 0
         self._step_started = time.perf_counter()
@@ -98,52 +90,29 @@ class MegatronGPTKTOModel(ModelPT):
     # -- the network and its reference
 
     def configure_model(self) -> None:
-        """Build the network, take the reference's host copy, load the policy.
+        """Build the network and its reference, and load what the policy starts from.
 
-        The reference is loaded first and captured; where the policy starts elsewhere its weights then follow. On
-        resume, Lightning loads the policy over them later, so the reference is always the run's own.
+        On resume, Lightning loads the policy over it later, so the reference is always the run's own.
         """
-        if self.chunks:
+        if self._policy is not None:
             return
-        model, groups = self.run.model, self.trainer.strategy.groups
-        arch = read_architecture(self.hf_side)
-        chunks: Sequence[nn.Module] = build_gpt(arch, model, bf16=self.run.trainer.is_bf16, groups=groups)
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            chunks = wrap_data_parallel(chunks, model.optim)
-        self.chunks = nn.ModuleList(chunks)
-        self._take_reference(arch)
-        self._swap = WeightSwap(self.chunks, HostWeights(self.chunks))
-        if model.kto.reference_from_path != self.run.pretrained_checkpoint.restore_from_path:
-            load_weights(self.chunks, arch, self.run.pretrained_checkpoint.restore_from_path, groups)
-        passes = Passes(self.chunks, groups, arch.vocab_size)
-        rows = model.kto.log_prob_forward_micro_batch_size
-        reference = SwapReference(self._swap, passes, micro_batch_size=rows, needs_kl=self._settings.needs_kl)
-        self._step = KTOStep(passes, reference, self._settings, groups, rows)
-
-    def _take_reference(self, arch: Architecture) -> None:
-        """Fill the live parameters with the reference, which a run keeps from its start on."""
-        exp, fitting = self.run.exp_manager, self.trainer.state.fn == TrainerFn.FITTING
-        reference = RunReference(self.log_dir, self.run.model.kto.reference_from_path, self.hf_side)
-        self._reference_identity = reference.settle(
-            self.chunks,
-            arch,
-            self.trainer.strategy.groups,
-            resume_from=resume_path(exp) if fitting else None,
-            may_differ=exp.resume_with_changes,
-            keep=fitting and exp.create_checkpoint_callback,
-        )
+        groups, fitting = self.trainer.strategy.groups, self.trainer.state.fn == TrainerFn.FITTING
+        policy = PolicyBuilder(self.run, groups, fitting=fitting).build()
+        self._policy, self.chunks = policy, policy.chunks
+        rows = self.run.model.kto.log_prob_forward_micro_batch_size
+        self._step = KTOStep(policy.passes, policy.reference, self._settings, groups, rows)
 
     @property
-    def swap(self) -> WeightSwap:
-        """The reference policy's weights and their way in and out."""
-        assert self._swap is not None
-        return self._swap
+    def policy(self) -> Policy:
+        """Network and reference; they exist once Lightning has asked for the network."""
+        assert self._policy is not None
+        return self._policy
 
     def configure_optimizers(self) -> LightningMegatronOptimizer:
         """Megatron's optimizer over the wrapped chunks."""
         clip = self.run.trainer.kto.gradient_clip_val
-        optim, bf16 = self.run.model.optim, self.run.trainer.is_bf16
-        return LightningMegatronOptimizer(build_optimizer(self.chunks, optim, bf16=bf16, clip_grad=clip), self.chunks)
+        optimizer = build_optimizer(self.chunks, self.run.model.optim, clip_grad=clip)
+        return LightningMegatronOptimizer(optimizer, self.chunks)
 
     # -- training
 
@@ -268,10 +237,11 @@ class MegatronGPTKTOModel(ModelPT):
             "consumed_samples": self.consumed_samples,
             "global_batch_size": self.run.model.global_batch_size,
             "layout": {"tensor": groups.tp_size, "pipeline": groups.pp_size, "data": groups.dp_size},
-            "reference": self._reference_identity,
+            "reference": self.policy.identity,
             "identity": self.data.identity,
         }
-        return {RECORD: json.dumps(record, indent=1), "config.yaml": to_yaml(self.run)}
+        own = {RECORD: json.dumps(record, indent=1), "config.yaml": to_yaml(self.run)}
+        return {**self.policy.contents.documents, **own}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep where the data stands."""

@@ -40,19 +40,17 @@ def wrap_data_parallel(chunks: Sequence[nn.Module], optim: OptimConfig) -> list[
     return wrapped
 
 
-def build_optimizer(
-    chunks: Sequence[nn.Module], optim: OptimConfig, *, bf16: bool, clip_grad: float
-) -> MegatronOptimizer:
+def build_optimizer(chunks: Sequence[nn.Module], optim: OptimConfig, *, clip_grad: float) -> MegatronOptimizer:
     """Megatron's optimizer over DDP-wrapped chunks, and the schedule hooks that belong to it.
 
-    Weight decay acts on matrices only. In bf16, masters and state are float32.
+    Weight decay acts on matrices only. Of bf16 parameters, masters and state are float32. What is frozen has none.
 
     Args:
         chunks: output of :func:`wrap_data_parallel`.
         optim: ``model.optim``.
-        bf16: whether the chunks' parameters are bfloat16.
         clip_grad: maximum global gradient norm, 0 for none.
     """
+    bf16 = any(p.dtype == torch.bfloat16 for chunk in chunks for p in chunk.parameters() if p.requires_grad)
     config = OptimizerConfig(
         optimizer="sgd" if optim.name == "sgd" else "adam",
         lr=optim.lr,

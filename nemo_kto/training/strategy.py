@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from nemo_kto import launch
 from nemo_kto.checkpoint import dist as dist_checkpoint
 from nemo_kto.checkpoint import random_state
 from nemo_kto.checkpoint.recovery import whole_checkpoint
-from nemo_kto.checkpoint.saving import CheckpointWriter, Contents
+from nemo_kto.checkpoint.saving import CheckpointWriter
 from nemo_kto.config.world import World
 from nemo_kto.distributed import groups as parallel
 from nemo_kto.distributed.groups import ParallelGroups
@@ -113,11 +114,11 @@ class MegatronStrategy(DDPStrategy):
             CheckpointError: on every rank: it cannot be written.
         """
         model = self._kto_model
-        contents = Contents(
-            model.hf_side,
-            self._megatron_optimizer.megatron,
-            {key: _plain(checkpoint[key]) for key in _LOOP_STATE},
-            model.documents(),
+        contents = replace(
+            model.policy.contents,
+            optimizer=self._megatron_optimizer.megatron,
+            common={key: _plain(checkpoint[key]) for key in _LOOP_STATE},
+            documents=model.documents(),
             random_streams=True,
         )
         self.writer.save(model.chunks, contents, filepath, self.groups)
@@ -133,7 +134,7 @@ class MegatronStrategy(DDPStrategy):
         optimizer, model = self._megatron_optimizer.megatron, self._kto_model
         path = whole_checkpoint(Path(checkpoint_path), model.log_dir)
         prime_state(optimizer)
-        common = dist_checkpoint.load(model.chunks, optimizer, path, self.groups)
+        common = dist_checkpoint.load(model.chunks, optimizer, path, self.groups, model.policy.contents.part)
         self._random_streams = random_state.read(path, self.groups)
         # not global_step: the batch size may have changed
         step = common["consumed_samples"] // model.run.model.global_batch_size

@@ -141,9 +141,7 @@ class Run:
         self.passes = Passes(self.chunks, groups, arch.vocab_size)
         self.reference = SwapReference(self.swap, self.passes, micro_batch_size=MICRO_BATCH, needs_kl=True)
         self.step = KTOStep(self.passes, self.reference, _settings(), groups, MICRO_BATCH)
-        self.optimizer = LightningMegatronOptimizer(
-            build_optimizer(self.chunks, optim, bf16=setup.bf16, clip_grad=1.0), self.chunks
-        )
+        self.optimizer = LightningMegatronOptimizer(build_optimizer(self.chunks, optim, clip_grad=1.0), self.chunks)
 
     def train(self, steps: int) -> list[dict[str, float]]:
         """So many optimizer steps; their sums and gradient norms."""

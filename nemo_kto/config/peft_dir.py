@@ -1,0 +1,125 @@
+"""PEFT's LoRA directories: which adapters ``adapter_config.json`` describes. Reads no weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_kto.errors import CheckpointError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PROJECTIONS = {
+    "linear_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "linear_proj": ("self_attn.o_proj",),
+    "linear_fc1": ("mlp.gate_proj", "mlp.up_proj"),
+    "linear_fc2": ("mlp.down_proj",),
+}
+"""Megatron's linear layer -> the Hugging Face modules that it is made of, in the order of its rows."""
+_NAMES = [name.rsplit(".", 1)[1] for names in PROJECTIONS.values() for name in names]
+# what changes the adapters' arithmetic or adds weights of another kind: (key, the only values that are read)
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "bias": ("none", None),
+    "use_dora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "lora_bias": (False, None),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None, []),
+    "target_parameters": (None, []),
+    "layer_replication": (None, []),
+    "megatron_config": (None,),
+    "use_bdlora": (None, False),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+}
+
+
+@dataclass(frozen=True)
+class PeftAdapters:
+    """What ``adapter_config.json`` says.
+
+    Attributes:
+        rank: ``r``.
+        ranks: of each projection that has an adapter, by names such as ``q_proj``.
+        scale: of every low-rank product.
+        layers: decoder layers, from 0; None for all.
+    """
+
+    rank: int
+    ranks: Mapping[str, int]
+    scale: float
+    layers: tuple[int, ...] | None
+
+
+def is_peft_directory(path: str | Path) -> bool:
+    """Whether ``path`` is a directory that PEFT has saved adapters to."""
+    return (Path(path) / CONFIG).is_file()
+
+
+def read_adapters(path: str | Path) -> PeftAdapters:
+    """Read and check ``adapter_config.json``.
+
+    Raises:
+        CheckpointError: it cannot be read, or asks for what our adapters cannot be.
+    """
+    file = Path(path) / CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kind, rank, alpha = config["peft_type"], int(config["r"]), float(config["lora_alpha"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error!r}") from error
+    if kind != "LORA" or rank < 1:
+        raise CheckpointError(f"{file}: peft_type {kind} with r={rank} is not a LoRA")
+    for key, allowed in _PLAIN.items():
+        if key in config and config[key] not in allowed:
+            raise CheckpointError(f"{file}: {key}={config[key]!r} is not supported, only plain LoRA of one rank is")
+    names = _projections(file, config)
+    ranks = {name: int(_pattern(file, config, "rank_pattern").get(name, rank)) for name in names}
+    alphas = {name: float(_pattern(file, config, "alpha_pattern").get(name, alpha)) for name in names}
+    power = 0.5 if config.get("use_rslora") else 1.0
+    scales = {alphas[name] / ranks[name] ** power for name in names}
+    if len(scales) > 1:
+        raise CheckpointError(f"{file}: alpha over rank differs between modules ({sorted(scales)}); it must be one")
+    return PeftAdapters(rank, ranks, scales.pop(), _layers(file, config))
+
+
+def _pattern(file: Path, config: dict[str, Any], key: str) -> dict[str, Any]:
+    pattern = config.get(key) or {}
+    found = {str(name).rsplit(".", 1)[-1]: value for name, value in dict(pattern).items()}
+    if set(found) - set(_NAMES) or len(found) != len(pattern):
+        raise CheckpointError(f"{file}: {key}={pattern} is not by the names {', '.join(_NAMES)} alone")
+    return found
+
+
+def _projections(file: Path, config: dict[str, Any]) -> frozenset[str]:
+    """Module names are matched as PEFT does: a list by suffix, a string as a pattern of the whole name."""
+    wanted = config.get("target_modules")
+    modules = {name.rsplit(".", 1)[1]: f"model.layers.0.{name}" for names in PROJECTIONS.values() for name in names}
+    if wanted == "all-linear":
+        return frozenset(modules)
+    if isinstance(wanted, str):
+        found = {short for short, full in modules.items() if re.fullmatch(wanted, full)}
+    else:
+        unknown = [name for name in wanted or [] if str(name).rsplit(".", 1)[-1] not in modules]
+        if unknown:
+            raise CheckpointError(
+                f"{file}: target_modules {unknown} are no linear layers of a decoder layer: {', '.join(_NAMES)}"
+            )
+        found = {str(name).rsplit(".", 1)[-1] for name in wanted or []}
+    if not found:
+        raise CheckpointError(f"{file}: target_modules={wanted!r} names none of {', '.join(_NAMES)}")
+    return frozenset(found)
+
+
+def _layers(file: Path, config: dict[str, Any]) -> tuple[int, ...] | None:
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return None
+    numbers = [layers] if isinstance(layers, int) else layers
+    if not isinstance(numbers, list) or not all(isinstance(number, int) for number in numbers):
+        raise CheckpointError(f"{file}: layers_to_transform={layers!r} is not a list of layers")
+    return tuple(sorted(set(numbers)))
