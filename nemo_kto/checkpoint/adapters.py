@@ -8,6 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import nn
 
+from nemo_kto.checkpoint.base_identity import base_identity
 from nemo_kto.checkpoint.dist import load_model
 from nemo_kto.checkpoint.peft_files import PeftTensors
 from nemo_kto.checkpoint.sharded import Part
@@ -18,7 +19,7 @@ from nemo_kto.config.peft_dir import is_peft_directory
 from nemo_kto.config.schema import PeftConfig
 from nemo_kto.distributed.collectives import raise_together
 from nemo_kto.distributed.groups import ParallelGroups
-from nemo_kto.gpt.lora import fill, low_ranks
+from nemo_kto.gpt.lora import attach, fill, low_ranks
 
 
 def starting_spec(peft: PeftConfig, arch: Architecture) -> LoraSpec | None:
@@ -43,6 +44,19 @@ def adapter_spec(path: str | Path, arch: Architecture) -> LoraSpec:
         CheckpointError: it holds none, or cannot be read.
     """
     return PeftTensors(path, arch).spec() if is_peft_directory(path) else read_record(path).spec
+
+
+def add_adapters(
+    chunks: Sequence[nn.Module], arch: Architecture, path: str | Path, base: str | Path, groups: ParallelGroups
+) -> None:
+    """Attach the adapters of a checkpoint or a PEFT directory to a network that holds their base's weights.
+
+    Raises:
+        CheckpointError: see :func:`load_adapters`.
+    """
+    spec = adapter_spec(path, arch)
+    attach(chunks, spec, groups)
+    load_adapters(chunks, arch, path, AdapterRecord(spec, str(base), base_identity(base)), groups)
 
 
 def load_adapters(

@@ -102,8 +102,8 @@ def _unfit(path: Path, part: Part) -> CheckpointError | None:
         return CheckpointError(f"{path} is not a Megatron distributed checkpoint: it holds no metadata.json")
     if part is Part.NETWORK and holds_adapters(path):
         return CheckpointError(
-            f"{path} holds adapters alone: give their base model as pretrained_checkpoint.restore_from_path, and them "
-            "as model.peft.restore_from_path"
+            f"{path} holds adapters alone: give their base model here, and them as model.peft.restore_from_path or "
+            "--adapter"
         )
     if part is Part.ADAPTERS and not holds_adapters(path):
         return CheckpointError(f"{path} holds no adapters but a whole model: it was saved with peft_scheme none")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_kto.config.adapter_record import holds_adapters, read_record
 from nemo_kto.config.architecture import Architecture, read_architecture, stored_dtype
 from nemo_kto.config.layout import check_layout
 from nemo_kto.config.locate import hf_side, is_megatron_checkpoint
@@ -28,6 +29,8 @@ EXAMPLE = """\
 examples:
   nemo-kto convert hf-to-megatron --input meta-llama-8b/ --output meta-llama-8b-megatron/
   nemo-kto convert megatron-to-hf --input results/checkpoints/step-000200/ --output aligned-hf/
+  nemo-kto convert megatron-to-hf --adapter --input lora/checkpoints/step-000200/ --output peft-adapter/
+  nemo-kto convert megatron-to-hf --merge --input lora/checkpoints/step-000200/ --output aligned-hf/
   torchrun --nproc-per-node 4 -m nemo_kto.cli.main convert megatron-to-hf \\
       --input CKPT --output HF --tensor-parallel 2 --pipeline-parallel 2
   nemo-kto convert to-nemo --input results/checkpoints/step-000200/ --output aligned.nemo
@@ -52,6 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             choices=("bf16", "32"),
             help="of the written weights (default: bf16 if config.json says bfloat16, otherwise 32)",
         )
+    form = to_hf.add_mutually_exclusive_group()
+    form.add_argument("--adapter", action="store_true", help="of a LoRA run: write the adapters, for PEFT to load")
+    form.add_argument("--merge", action="store_true", help="of a LoRA run: write base + adapters as one model")
+    to_hf.add_argument("--base", type=Path, metavar="DIR", help="with these: the base model (default: the run's)")
     for direction in (to_hf, from_nemo):
         direction.add_argument("--dtype", choices=_DTYPES, help="of the written weights (default: that of the input)")
     from_nemo.add_argument(
@@ -144,7 +151,35 @@ def _loaded(
 def _megatron_to_hf(args: argparse.Namespace) -> int:
     if not is_megatron_checkpoint(args.input):
         raise CheckpointError(f"{args.input} is not a Megatron checkpoint; give a directory that holds metadata.json")
+    if holds_adapters(args.input):
+        return _merged(args) if args.merge else _to_peft(args)
+    if args.adapter or args.merge or args.base:
+        raise ConfigError(f"{args.input} is a whole model: --adapter, --merge and --base are for LoRA runs")
     return _export(args, args.input)
+
+
+def _to_peft(args: argparse.Namespace) -> int:
+    if not args.adapter:
+        raise ConfigError(
+            f"{args.input} holds LoRA adapters: --adapter writes them for PEFT, --merge writes base + adapters"
+        )
+    if args.tensor_parallel * args.pipeline_parallel * world_from_environment().size > 1:
+        raise ConfigError("--adapter runs as one process: adapters are small")
+    if args.dtype not in (None, "float32"):
+        raise ConfigError(f"--dtype {args.dtype} does not go with --adapter: adapters are float32")
+    arch = _checked(args, hf_side(args.input))
+    from nemo_kto import launch
+
+    groups = launch.start(1, 1)
+    from nemo_kto.checkpoint.peft_export import export_peft
+
+    export_peft(args.input, arch, args.output, base=args.base and str(args.base))
+    return _end(args, "float32", groups)
+
+
+def _merged(args: argparse.Namespace) -> int:
+    base = args.base or Path(read_record(args.input).base)
+    return _export(args, base, adapters=args.input)
 
 
 def _from_nemo(args: argparse.Namespace) -> int:
@@ -159,13 +194,19 @@ def _from_nemo(args: argparse.Namespace) -> int:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def _export(args: argparse.Namespace, model: Path) -> int:
-    """Write a model directory of any kind as Hugging Face has it."""
+def _export(args: argparse.Namespace, model: Path, adapters: Path | None = None) -> int:
+    """Write a model directory of any kind, with adapters merged into it, as Hugging Face has it."""
     hf_dir = hf_side(model)
     arch = _checked(args, hf_dir)
     name = args.dtype or stored_dtype(hf_dir) or "float32"
     # float32 holds every stored dtype exactly, so the checkpoint's own need not be known here
     chunks, groups = _loaded(args, arch, model, bf16=False)
+    if adapters is not None:
+        from nemo_kto.checkpoint.adapters import add_adapters
+        from nemo_kto.gpt.lora import merge
+
+        add_adapters(chunks, arch, adapters, model, groups)
+        merge(chunks)
 
     import torch
 

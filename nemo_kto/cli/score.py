@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 EXAMPLE = """\
 examples:
   nemo-kto score --model aligned-hf --reference SmolLM2-135M-Instruct --data heldout.jsonl --out scores.jsonl
+  nemo-kto score --model BASE --adapter lora/checkpoints/step-000100 --data heldout.jsonl --out scores.jsonl
   torchrun --nproc-per-node 4 -m nemo_kto.cli.main score --tensor-parallel 2 \\
       --model results/checkpoints/step-000100 --reference BASE --data heldout.jsonl --out scores.jsonl
 """
@@ -37,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = "Hugging Face directory, Megatron checkpoint or .nemo file"
     parser.add_argument("--model", required=True, type=Path, help=f"the policy: {model}")
     parser.add_argument("--reference", type=Path, help=f"the reference policy: {model}; without it, no rewards")
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        help="LoRA adapters on --model: a checkpoint or a PEFT directory; the reference is then --model without them",
+    )
     parser.add_argument("--data", required=True, nargs="+", help=".jsonl, .jsonl.gz or .parquet files")
     parser.add_argument("--out", required=True, type=Path, help="JSONL file to write")
     parser.add_argument("--summary-json", type=Path, help="file for the printed summary, as JSON")
@@ -92,6 +98,8 @@ def _prepare(args: argparse.Namespace) -> tuple[Architecture, TokenStore]:
     from nemo_kto.data.vocabulary import check_vocabulary
 
     _check_options(args)
+    if args.adapter is not None and args.reference is not None:
+        raise ConfigError("--adapter and --reference exclude each other: with --adapter, --model is the reference")
     args.model = unpacked(args.model, args.cache_dir)
     args.reference = args.reference and unpacked(args.reference, args.cache_dir)
     arch = read_architecture(hf_side(args.model))
@@ -126,6 +134,14 @@ def _score(
     chunks = build_gpt(arch, PlainNetwork(), bf16=args.precision == "bf16", groups=groups)
     passes = Passes(chunks, groups, arch.vocab_size)
     load_weights(chunks, arch, args.model, groups)
+    if args.adapter is not None:
+        from nemo_kto.checkpoint.adapters import add_adapters
+        from nemo_kto.gpt.lora import adapters_off
+
+        add_adapters(chunks, arch, args.adapter, args.model, groups)
+        policy, tokens = score_store(passes, store, groups, args.micro_batch_size)
+        with adapters_off(chunks):
+            return policy, score_store(passes, store, groups, args.micro_batch_size)[0], tokens
     policy, tokens = score_store(passes, store, groups, args.micro_batch_size)
     if args.reference is None:
         return policy, None, tokens

@@ -92,13 +92,19 @@ def _intended_world(config: Config, found: World) -> World:
 
 def _check(config: Config) -> None:
     """Model, layout and output directory: everything that needs neither torch nor data."""
+    from nemo_kto.config.adapter_record import holds_adapters
     from nemo_kto.config.architecture import read_architecture
     from nemo_kto.config.checks import check_length, check_recompute
     from nemo_kto.config.layout import check_layout
     from nemo_kto.config.locate import hf_side, resume_path
 
-    model = config.model
-    arch = read_architecture(hf_side(config.pretrained_checkpoint.restore_from_path))
+    model, start = config.model, config.pretrained_checkpoint.restore_from_path
+    arch = read_architecture(hf_side(start))
+    if holds_adapters(start):
+        raise ConfigError(
+            f"pretrained_checkpoint.restore_from_path={start} holds adapters alone: give their base model there, "
+            "model.peft.peft_scheme=lora, and this as model.peft.restore_from_path"
+        )
     check_layout(
         arch,
         tensor_parallel=model.tensor_model_parallel_size,
@@ -107,8 +113,27 @@ def _check(config: Config) -> None:
     check_length(arch, model.data.seq_length)
     check_recompute(arch, model)
     _check_same_network(config, arch)
+    _check_adapters(config, arch)
     resume_path(config.exp_manager)
     _check_writable(Path(config.exp_manager.explicit_log_dir))
+
+
+def _check_adapters(config: Config, arch: Architecture) -> None:
+    """Whether adapters that a run starts from exist, and every pipeline stage has some."""
+    from nemo_kto.config.adapter_record import read_record
+    from nemo_kto.config.lora import check_layers, lora_spec
+    from nemo_kto.config.peft_dir import is_peft_directory, read_adapters
+
+    spec, start = lora_spec(config.model.peft), config.model.peft.restore_from_path
+    if spec is None:
+        return
+    check_layers(spec, arch.num_layers, config.model.pipeline_model_parallel_size)
+    if start is None:
+        return
+    if is_peft_directory(start):
+        read_adapters(start)
+    else:
+        read_record(start).spec.check_same(spec, start)
 
 
 def _check_same_network(config: Config, policy: Architecture) -> None:
@@ -188,7 +213,8 @@ def _train(config: Config, data: RunData, world: World) -> int:
     if world.rank == 0:
         print(f"done: {data.total_steps} steps, {newest or 'no checkpoint (exp_manager.create_checkpoint_callback)'}")
         if newest is not None:
-            print(f"next: nemo-kto convert megatron-to-hf --input {newest} --output HF_DIR")
+            form = "" if config.model.peft.peft_scheme == "none" else "--merge "
+            print(f"next: nemo-kto convert megatron-to-hf {form}--input {newest} --output HF_DIR")
     shutdown()
     return 0
 

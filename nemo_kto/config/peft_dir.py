@@ -21,21 +21,12 @@ PROJECTIONS = {
 }
 """Megatron's linear layer -> the Hugging Face modules that it is made of, in the order of its rows."""
 _NAMES = [name.rsplit(".", 1)[1] for names in PROJECTIONS.values() for name in names]
-# what changes the adapters' arithmetic or adds weights of another kind: (key, the only values that are read)
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "bias": ("none", None),
-    "use_dora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "lora_bias": (False, None),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None, []),
-    "target_parameters": (None, []),
-    "layer_replication": (None, []),
-    "megatron_config": (None,),
-    "use_bdlora": (None, False),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-}
+_UNDERSTOOD = frozenset(
+    "alpha_pattern auto_mapping base_model_name_or_path corda_config eva_config inference_mode init_lora_weights "
+    "layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config megatron_core peft_type "
+    "peft_version qalora_group_size r rank_pattern revision runtime_config target_modules task_type use_rslora".split()
+)
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -74,9 +65,14 @@ def read_adapters(path: str | Path) -> PeftAdapters:
         raise CheckpointError(f"{file} cannot be read: {error!r}") from error
     if kind != "LORA" or rank < 1:
         raise CheckpointError(f"{file}: peft_type {kind} with r={rank} is not a LoRA")
-    for key, allowed in _PLAIN.items():
-        if key in config and config[key] not in allowed:
-            raise CheckpointError(f"{file}: {key}={config[key]!r} is not supported, only plain LoRA of one rank is")
+    for key, value in config.items():
+        if key not in _UNDERSTOOD and value and (key, value) != ("bias", "none"):
+            raise CheckpointError(f"{file}: {key}={value!r} is not supported, only plain LoRA is")
+    if str(config.get("init_lora_weights")).startswith(_CHANGES_BASE):
+        raise CheckpointError(
+            f"{file}: init_lora_weights={config['init_lora_weights']!r} changes the base model's weights: save it with "
+            "PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+        )
     names = _projections(file, config)
     ranks = {name: int(_pattern(file, config, "rank_pattern").get(name, rank)) for name in names}
     alphas = {name: float(_pattern(file, config, "alpha_pattern").get(name, alpha)) for name in names}
