@@ -70,7 +70,7 @@ def read_adapters(path: str | Path) -> PeftAdapters:
             raise CheckpointError(f"{file}: {key}={value!r} is not supported, only plain LoRA is")
     if str(config.get("init_lora_weights")).startswith(_CHANGES_BASE):
         raise CheckpointError(
-            f"{file}: init_lora_weights={config['init_lora_weights']!r} changes the base model's weights: save it with "
+            f"{file}: init_lora_weights={config['init_lora_weights']!r} changes the base weights: save it with "
             "PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA"
         )
     names = _projections(file, config)
