@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 DEMO ?= smollm2
+PEFT ?= none
 BIN := .venv/bin
 READY := .venv/.ready
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
@@ -17,8 +18,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
 
-demo: $(READY)  ## train SmolLM2 on human-rated reviews, before and after (DEMO=tiny: a minute, no download)
-	$(BIN)/python examples/demo/run.py $(DEMO)
+demo: $(READY)  ## train SmolLM2 on human-rated reviews, before and after (DEMO=tiny: a minute, no download; PEFT=lora)
+	$(BIN)/python examples/demo/run.py $(DEMO) --peft $(PEFT)
 
 test: $(READY)  ## run the tests, without the slow ones
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)

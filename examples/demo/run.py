@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path("demo_out")
+# adapters start at zero and are few: they bear, and need, ten times the rate of full fine-tuning
+LORA = ("model.peft.peft_scheme=lora", "model.optim.lr=2e-4")
 HERE = Path(__file__).resolve().parent
 
 
@@ -30,6 +32,7 @@ class Demo:
     train_file: str
     continuations: int
     further_steps: int
+    lora: bool = False
 
     @property
     def run_dir(self) -> Path:
@@ -39,11 +42,12 @@ class Demo:
     @property
     def overrides(self) -> list[str]:
         """What ``nemo-kto train`` needs to know."""
-        group = f"demo={self.config}"
-        if self.out == self.assets.parent:
-            return [group]
-        train_file = self.assets / self.train_file
-        return [group, f"exp_manager.explicit_log_dir={self.run_dir}", f"model.data.data_prefix.train=[{train_file}]"]
+        words = [f"demo={self.config}"]
+        if self.out != self.assets.parent:
+            words.append(f"exp_manager.explicit_log_dir={self.run_dir}")
+        if self.train_file != "train.jsonl":
+            words.append(f"model.data.data_prefix.train=[{self.assets / self.train_file}]")
+        return [*words, *LORA] if self.lora else words
 
     @property
     def exported(self) -> Path:
@@ -89,7 +93,8 @@ def measure(demo: Demo) -> None:
     checkpoint = (demo.run_dir / "latest_checkpoint.txt").read_text(encoding="utf-8").strip()
     step(
         "export to a Hugging Face directory",
-        *(command_line(), "convert", "megatron-to-hf", "--input", checkpoint, "--output", str(demo.exported)),
+        *(command_line(), "convert", "megatron-to-hf", *(["--merge"] if demo.lora else [])),
+        *("--input", checkpoint, "--output", str(demo.exported)),
     )
     step(
         "score the held-out records (before training the log-ratio is 0 by definition: margin 0, AUC 0.5)",
@@ -148,17 +153,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=("smollm2", "tiny"), nargs="?", default="smollm2")
     parser.add_argument("--flip", action="store_true", help="train on swapped labels: every number must go down")
+    parser.add_argument("--peft", choices=("none", "lora"), default="none", help="train adapters instead of the model")
     options = parser.parse_args()
     if options.flip and options.name == "tiny":
         parser.error("--flip goes with smollm2")
-    home = ROOT / options.name
+    lora = options.peft == "lora"
     demo = Demo(
         config=options.name,
-        out=ROOT / f"{options.name}_flipped" if options.flip else home,
-        assets=home / "assets",
+        out=ROOT / f"{options.name}{'_lora' if lora else ''}{'_flipped' if options.flip else ''}",
+        assets=ROOT / options.name / "assets",
         train_file="train_flipped.jsonl" if options.flip else "train.jsonl",
         continuations=256 if options.name == "smollm2" else 64,
         further_steps=300 if options.name == "smollm2" else 50,
+        lora=lora,
     )
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     make_assets(demo)

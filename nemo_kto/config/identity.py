@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nemo_kto.config.architecture import Architecture
+from nemo_kto.config.lora import reference_mode
 from nemo_kto.config.schema import Config
 
 DATA = "model.data.data_prefix.train"
@@ -16,6 +17,7 @@ BATCH_SIZE = "model.global_batch_size"
 NETWORK = "network"
 _FREE_KTO_KEYS = ("log_prob_forward_micro_batch_size", "reference", "reference_from_path")
 """Of ``model.kto``: how the same numbers are computed, and paths."""
+_LORA_KEYS = ("target_modules", "adapter_dim", "alpha", "layer_selection")
 _DATA_KEYS = ("seq_length", "shuffle", "append_eos", "overlong")
 
 
@@ -46,11 +48,20 @@ def identity(config: Config, digests: FileDigests, network: Architecture) -> dic
     values: dict[str, Any] = {BATCH_SIZE: model.global_batch_size, "model.seed": model.seed}
     values |= {f"model.kto.{key}": value for key, value in asdict(model.kto).items() if key not in _FREE_KTO_KEYS}
     values |= {f"model.data.{key}": getattr(model.data, key) for key in _DATA_KEYS}
+    values |= _adapters(config)
     values["trainer.kto.limit_train_batches"] = config.trainer.kto.limit_train_batches
     values[DATA] = [{"file": name, "sha256": digest} for name, digest in digests.data]
     # config.json counts by what it says: a tool that saves the same network again writes other bytes
     values[TOKENIZER] = {name: digest for name, digest in digests.tokenizer if name != "config.json"}
     return values | {f"{NETWORK}.{key}": value for key, value in asdict(network).items()}
+
+
+def _adapters(config: Config) -> dict[str, Any]:
+    peft, values = config.model.peft, {"model.peft.peft_scheme": config.model.peft.peft_scheme}
+    if peft.peft_scheme == "none":
+        return values
+    tuning = {f"model.peft.lora_tuning.{key}": getattr(peft.lora_tuning, key) for key in _LORA_KEYS}
+    return {**values, "model.kto.reference": reference_mode(config.model), **tuning}
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

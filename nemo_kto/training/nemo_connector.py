@@ -39,6 +39,11 @@ class MegatronKTOConnector(SaveRestoreConnector):  # type: ignore[misc]
         """
         if not model.chunks:
             raise CheckpointError(f"{save_path}: the model has no weights before its trainer has set it up")
+        if model.run.model.peft.peft_scheme != "none":
+            raise CheckpointError(
+                f"{save_path}: a .nemo archive holds a whole model: merge the adapters first, with "
+                "`nemo-kto convert megatron-to-hf --merge`, then `nemo-kto convert to-nemo`"
+            )
         arch = read_architecture(model.hf_side)
         save_nemo(model.chunks, arch, model.hf_side, Path(save_path), model.trainer.strategy.groups)
 

@@ -106,7 +106,21 @@ ASKED = {
     "interpolation": config("model.seed=${nothing}", says=("nothing",)),
     "preset": config("loss=dpo", says=("loss/dpo", "apo_zero_unpaired kto kto_paper")),
     "layout": config("layout=9gpu", says=("layout/9gpu", "8gpu")),
-    "not built": config("model.peft.peft_scheme=lora", says=("model.peft.peft_scheme=lora", "use none")),
+    "not built": config("model.kto.reference=cache", says=("model.kto.reference=cache: not available yet",)),
+    "other adapters": config("model.peft.peft_scheme=ia3", says=("model.peft.peft_scheme=ia3 is not one of",)),
+    "no layer": config(
+        *("model.peft.peft_scheme=lora", "model.peft.lora_tuning.layer_selection=[99]"),
+        says=("there is no layer 99",),
+    ),
+    "empty stage": config(
+        *("model.peft.peft_scheme=lora", "model.peft.lora_tuning.layer_selection=[1]"),
+        *("model.pipeline_model_parallel_size=2", "trainer.devices=2"),
+        says=("gives pipeline stage 1", "no adapter: select a layer of every stage"),
+    ),
+    "no adapters there": files(
+        *("model.peft.peft_scheme=lora", "model.peft.restore_from_path=model"),
+        says=("model holds no adapters", "adapters.json"),
+    ),
     "context": config("model.context_parallel_size=2", says=("model.context_parallel_size", "use 1")),
     "precision": config("trainer.precision=16", says=("trainer.precision=16 is not one of 32,",)),
     "rate": config("model.optim.eps=0", says=("model.optim.eps=0.0 must be above 0",)),

@@ -19,6 +19,7 @@ TP, PP = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size
 RECOMPUTE = "model.activations_checkpoint"
 CALLBACK = "exp_manager.checkpoint_callback_params"
 
+LORA, TUNING = ["model.peft.peft_scheme=lora"], "model.peft.lora_tuning"
 CASES = [
     # trainer
     (["trainer.accelerator=tpu"], 1, "trainer.accelerator=tpu is not one of auto, gpu, cpu"),
@@ -69,8 +70,20 @@ CASES = [
         1,
         "model.virtual_pipeline_model_parallel_size: not available yet, use null",
     ),
-    (["model.peft.peft_scheme=lora"], 1, "model.peft.peft_scheme=lora: adapters are not available yet, use none"),
-    (["model.peft.restore_from_path=x"], 1, "model.peft.restore_from_path: adapters are not available yet"),
+    (["model.peft.peft_scheme=ia3"], 1, "model.peft.peft_scheme=ia3 is not one of none, lora"),
+    (["model.peft.restore_from_path=x"], 1, "model.peft.restore_from_path needs model.peft.peft_scheme=lora"),
+    ([*LORA, "model.kto.reference=swap"], 1, "takes base + an earlier adapter as the reference: set model.peft.rest"),
+    ([*LORA, "model.kto.reference_from_path=x"], 1, "model.kto.reference_from_path with LoRA: the reference is the"),
+    ([*LORA, f"{TUNING}.target_modules=[q_proj]"], 1, f"{TUNING}.target_modules=['q_proj']: choose some of attention"),
+    ([*LORA, f"{TUNING}.target_modules=[]"], 1, f"{TUNING}.target_modules=[]: choose some of attention_qkv"),
+    ([*LORA, f"{TUNING}.adapter_dim=0"], 1, f"{TUNING}.adapter_dim=0 must be at least 1"),
+    ([*LORA, f"{TUNING}.alpha=0"], 1, f"{TUNING}.alpha=0.0 must be above 0, or null for adapter_dim"),
+    ([*LORA, f"{TUNING}.adapter_dropout=1"], 1, f"{TUNING}.adapter_dropout=1.0 must be in [0, 1)"),
+    ([*LORA, f"{TUNING}.column_init_method=kaiming"], 1, f"{TUNING}.column_init_method=kaiming is not one of xavier"),
+    ([*LORA, f"{TUNING}.row_init_method=one"], 1, f"{TUNING}.row_init_method=one is not one of xavier"),
+    ([*LORA, f"{TUNING}.column_init_method=zero"], 1, "are both zero, so no gradient would ever reach either"),
+    ([*LORA, f"{TUNING}.layer_selection=[0]"], 1, f"{TUNING}.layer_selection=[0]: list decoder layers, counted from"),
+    ([*LORA, f"{TUNING}.layer_selection=[]"], 1, f"{TUNING}.layer_selection=[]: list decoder layers, counted from 1"),
     ([f"{RECOMPUTE}_granularity=some"], 1, f"{RECOMPUTE}_granularity=some is not one of null, selective, full"),
     (
         [f"{RECOMPUTE}_granularity=full", f"{RECOMPUTE}_num_layers=1"],
@@ -89,8 +102,12 @@ CASES = [
     (["model.kto.loss_normalization=sum"], 1, "model.kto.loss_normalization=sum is not one of per_class, per_batch"),
     (["model.kto.loss_type=dpo"], 1, "model.kto.loss_type=dpo is not one of kto, apo_zero_unpaired"),
     (["model.kto.reference=cache"], 1, "model.kto.reference=cache: not available yet, use swap"),
-    (["model.kto.reference=adapters_off"], 1, "model.kto.reference=adapters_off: not available yet, use swap"),
-    (["model.kto.reference=mirror"], 1, "model.kto.reference=mirror is not one of swap"),
+    (
+        ["model.kto.reference=adapters_off"],
+        1,
+        "model.kto.reference=adapters_off needs adapters: set model.peft.peft_scheme=lora, or use swap",
+    ),
+    (["model.kto.reference=mirror"], 1, "model.kto.reference=mirror is not one of auto, swap, adapters_off"),
     (["model.kto.ref_policy_kl_penalty=0"], 1, "model.kto.ref_policy_kl_penalty=0.0 must be above 0"),
     (["model.kto.desirable_loss_weight=-1"], 1, "model.kto.desirable_loss_weight=-1.0 must be at least 0"),
     (["model.kto.undesirable_loss_weight=-1"], 1, "model.kto.undesirable_loss_weight=-1.0 must be at least 0"),
