@@ -12,7 +12,7 @@ TORCH := $(shell sed -n 's/^torch==//p' requirements/cpu.txt)
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-slow drill lint format typecheck clean
+.PHONY: help demo test test-slow test-effect drill lint format typecheck clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -24,8 +24,11 @@ demo: $(READY)  ## train SmolLM2 on human-rated reviews, before and after (DEMO=
 test: $(READY)  ## run the tests, without the slow ones
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-test-slow: $(READY)  ## run the slow tests
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+test-slow: $(READY)  ## run the tests that take minutes each (half an hour)
+	$(BIN)/python -m pytest -m "slow and not effect" $(PYTEST_ARGS)
+
+test-effect: $(READY)  ## train SmolLM2 four times, and hold what it learns to the README's numbers (two hours)
+	$(BIN)/python -m pytest -m effect $(PYTEST_ARGS)
 
 drill: $(READY)  ## kill, stop, starve and damage real runs, and print what was lost (half an hour)
 	$(BIN)/python tests/faults/drill.py $(DRILL_ARGS)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.integration, pytest.mark.timeout(7200)]
+pytestmark = [pytest.mark.slow, pytest.mark.effect, pytest.mark.integration, pytest.mark.timeout(7200)]
 
 ASSETS = Path(__file__).resolve().parents[2] / "demo_out" / "smollm2" / "assets"
 

@@ -47,7 +47,7 @@ def test_a_missing_rank_is_named(root):
     assert "Traceback" not in run.log
 
 
-@pytest.mark.parametrize("launcher", ["own", "torchrun"])
+@pytest.mark.parametrize("launcher", ["own", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_a_fault_of_one_rank_ends_the_others(launcher, root):
     """Rank 1's data is bad. Rank 0 has joined, and waits for it."""
     command = {"command": BY_TORCHRUN} if launcher == "torchrun" else {}
@@ -66,6 +66,7 @@ def test_a_fault_of_one_rank_ends_the_others(launcher, root):
     assert "train1.jsonl:2" in run.log
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_is_one_line_at_the_others(root):
     with LiveRun(root, "died", command=BY_TORCHRUN) as run:
         run.until(lambda: _training(run))
@@ -80,6 +81,7 @@ def test_a_rank_that_dies_is_one_line_at_the_others(root):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_training_leaves_no_process(root):
     """Alone, after its first save: Megatron's checkpoint writers have a manager by then, and data has workers."""
     words = (
@@ -95,6 +97,7 @@ def test_a_killed_training_leaves_no_process(root):
         run.gone(10)
 
 
+@pytest.mark.slow
 def test_ranks_whose_launcher_was_killed_save_and_end(root):
     with LiveRun(root, "orphans") as run:
         run.until(lambda: _training(run))

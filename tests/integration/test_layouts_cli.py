@@ -25,7 +25,7 @@ from trajectory import (
     write_records,
 )
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 RECIPES = {"kto": ADAM, "kto_sgd": SGD, "kto_paper": PAPER}
 TP2, PP2 = "model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"

@@ -64,6 +64,7 @@ def test_convert_there_on_one_rank_and_back_on_two_then_score(root):
     assert {row["log_ratio"] for row in rows} == {0.0}
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_training_from_an_archive_is_training_from_its_model(root):
     words = ("trainer.kto.max_steps=2", "trainer.kto.limit_val_batches=0")

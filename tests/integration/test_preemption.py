@@ -15,7 +15,7 @@ import tiny
 from live_runs import BY_TORCHRUN, STEPS, LiveRun, send, training_lines
 from train_runs import PLAIN
 
-pytestmark = [pytest.mark.integration, pytest.mark.distributed]
+pytestmark = [pytest.mark.integration, pytest.mark.distributed, pytest.mark.slow]
 
 STOPPED = 4
 TERM, USR1 = signal.SIGTERM, signal.SIGUSR1

@@ -113,6 +113,7 @@ def test_a_skipped_step_is_counted_and_the_next_is_trained(stopped):
     _says_why(run)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_knows_how_many_it_has_skipped(again):
     run, lines = again
     assert [line["step"] for line in run.training] == list(range(1, 8))
@@ -121,6 +122,7 @@ def test_a_resumed_run_knows_how_many_it_has_skipped(again):
     assert [(line["step"], line["records"]) for line in lines] == [(step, places(step)) for step in BAD_STEPS]
 
 
+@pytest.mark.slow
 def test_with_patience_it_goes_on_as_if_the_bad_batches_had_never_been(finished, root):
     taken = [line for line in finished.training if line["step"] not in BAD_STEPS]
     assert [line["skipped_steps"] for line in finished.training][-3:] == [4, 4, 4]
@@ -134,6 +136,7 @@ def test_with_patience_it_goes_on_as_if_the_bad_batches_had_never_been(finished,
     assert len({line["lr"] for line in taken}) == 6
 
 
+@pytest.mark.slow
 def test_several_processes_end_with_one_message(root):
     bad = [spoil(line) for batch in batches(root)[:2] for line in batch]
     (root / "bad.jsonl").write_text("".join(f"{line}\n" for line in bad))
