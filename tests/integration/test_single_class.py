@@ -16,7 +16,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_files(tmp_path_factory.mktemp("single_class"))
 
 
-@pytest.mark.parametrize(("label", "absent"), [("chosen", "rejected"), pytest.param("rejected", "chosen", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("label", "absent"), [("chosen", "rejected"), pytest.param("rejected", "chosen", marks=pytest.mark.slow)]
+)
 def test_training_on_one_class(label: str, absent: str, root: Path) -> None:
     write_records(root / "train.jsonl", [[prompt, response, label] for prompt, response, _ in records()])
     run = command_line.train(
