@@ -30,6 +30,7 @@ class Case:
     pp: int = 1
     micro: int = 2
     extra: tuple[str, ...] = ()
+    steps: int = STEPS
 
     def overrides(self, root: Path) -> list[str]:
         return [
@@ -51,8 +52,8 @@ CASES = {
         "some": Case("some"),
         "tied": Case("tied"),
         "swap": Case("swap", extra=(DIST,)),
-        "dropout": Case("dropout"),
-        "dropout-full": Case("dropout", extra=FULL),
+        "dropout": Case("dropout", steps=2),
+        "dropout-full": Case("dropout", extra=FULL, steps=2),
     },
     2: {
         "dp2-sgd-mb1": Case("sgd", micro=1),
@@ -60,23 +61,22 @@ CASES = {
         "dp2-swap-overlap": Case("swap", micro=1, extra=OVERLAP),
         "pp2-sgd-mb4": Case("sgd", pp=2, micro=4),
         "pp2-normal-full": Case("normal", pp=2, extra=FULL),
-        "pp2-some": Case("some", pp=2, micro=1, extra=(DIST,)),
+        "pp2-some": Case("some", pp=2, extra=(DIST,)),
         "pp2-tied": Case("tied", pp=2),
         "tp2-sgd": Case("sgd", tp=2),
-        "tp2-sgd-full": Case("sgd", tp=2, extra=FULL),
-        "tp2-normal-mb1": Case("normal", tp=2, micro=1),
+        "tp2-normal": Case("normal", tp=2),
         "tp2-adam": Case("adam", tp=2, micro=4, extra=(DIST,)),
         "tp2-swap": Case("swap", tp=2),
-        "tp2-dropout": Case("dropout", tp=2),
+        "tp2-dropout": Case("dropout", tp=2, steps=2),
         "tp2sp-sgd": Case("sgd", tp=2, extra=(SEQUENCE,)),
         "tp2sp-normal-full": Case("normal", tp=2, micro=4, extra=(SEQUENCE, *FULL)),
         "tp2sp-some": Case("some", tp=2, extra=(SEQUENCE,)),
-        "tp2sp-dropout": Case("dropout", tp=2, extra=(SEQUENCE,)),
-        "tp2sp-dropout-full": Case("dropout", tp=2, extra=(SEQUENCE, *FULL)),
+        "tp2sp-dropout": Case("dropout", tp=2, extra=(SEQUENCE,), steps=2),
+        "tp2sp-dropout-full": Case("dropout", tp=2, extra=(SEQUENCE, *FULL), steps=2),
     },
     4: {
         "tp2pp2-sgd": Case("sgd", tp=2, pp=2),
-        "tp2pp2-adam": Case("adam", tp=2, pp=2, micro=1, extra=(DIST,)),
+        "tp2pp2-adam": Case("adam", tp=2, pp=2, extra=(DIST,)),
         "tp2pp2sp-normal": Case("normal", tp=2, pp=2, micro=4, extra=(SEQUENCE,)),
         "tp2spdp2-some": Case("some", tp=2, extra=(SEQUENCE, *OVERLAP)),
         "pp2dp2-tied": Case("tied", pp=2),
@@ -96,6 +96,6 @@ def run_case(case: Case, root: Path) -> dict:
         if not history and not split:
             gradients.update(job.whole(lambda parameter: parameter.main_grad))
 
-    for batch in islice(job.batches(), STEPS):
+    for batch in islice(job.batches(), case.steps):
         history.append(job.train(batch, look))
     return {"history": history, "start": start, "gradients": gradients, "adapters": job.whole()}

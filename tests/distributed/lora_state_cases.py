@@ -16,11 +16,11 @@ LEG = 2
 """Steps between two checkpoints of the relay."""
 TP2 = Case("adam", tp=2)
 RELAYS = {
-    "adam": (TP2, Case("adam", micro=1), Case("adam", pp=2, micro=4)),
+    "adam": (TP2, Case("adam"), Case("adam", pp=2, micro=4)),
     "some": (
         Case("some", tp=2, extra=(DIST, SEQUENCE)),
         Case("some", extra=(DIST,)),
-        Case("some", pp=2, micro=1, extra=(DIST,)),
+        Case("some", pp=2, extra=(DIST,)),
     ),
 }
 """Each layout takes over what the one before it saved."""
@@ -248,7 +248,7 @@ CASES: dict[int, dict[str, Any]] = {
         **{f"exported {name}": lambda rank, root, name=name: exported(root, name) for name in RELAYS},
     },
     2: {
-        "sharded footprint": lambda rank, root: footprint(root, Case("adam", micro=1, extra=(DIST,))),
+        "sharded footprint": lambda rank, root: footprint(root, Case("adam", extra=(DIST,))),
         "bf16 base": lambda rank, root: footprint(
             root, Case("adam", tp=2, extra=(DIST, SEQUENCE)), "trainer.precision=bf16"
         ),

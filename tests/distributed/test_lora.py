@@ -27,6 +27,11 @@ pytestmark = pytest.mark.distributed
 
 TRAVEL = {"sgd": GRADIENT, "adamw": 1e-3}
 """Of the way all adapters go together, for the reasons given in ``test_trajectory.py``."""
+SHARERS = ("k_proj.lora_A.weight", "v_proj.lora_A.weight", "up_proj.lora_A.weight")
+"""PEFT's names of what is the A of another module here."""
+
+
+# ------------------------------------------------------------------------------------------------ on the ranks
 
 
 def run_world(rank: int, world: int, root: Path) -> dict[str, Any]:
@@ -180,13 +185,13 @@ def test_only_adapters_have_gradients_and_state(world: int, name: str, brought) 
         assert seen["trained are the adapters"]
         assert seen["base with gradient"] == []
         assert seen["buffer tensors"] == seen["adapter tensors"]
+        # bytes of gradients, masters and moments go with these counts: 12 an element in float32
         assert seen["base numel"] > 10 * seen["adapter numel"]
         # the distributed optimizer's buffers start every tensor at 64 elements and end at 128 per data-parallel rank
         padding = 0 if name == "plain footprint" else 64 * seen["adapter tensors"] + 256
         assert 0 <= seen["buffer numel"] - seen["adapter numel"] <= padding
     everyone = brought(world, name)
     shards = 2 if name == "sharded footprint" else 1
-    assert sum(seen["optimized numel"] for seen in everyone) * (len(everyone) // shards) >= 1
     for key, per_element in (("optimized numel", 1), ("moments numel", 2)):  # Adam's
         wanted = sum(per_element * seen["adapter numel"] for seen in everyone) / shards
         assert sum(seen[key] for seen in everyone) == wanted, key
@@ -253,17 +258,22 @@ def test_a_whole_checkpoint_has_the_bases_names(brought) -> None:
 
 
 @pytest.mark.parametrize("recipe", state.RELAYS)
-def test_checkpoints_are_small_and_export_to_what_was_saved(recipe: str, brought, root: Path) -> None:
+def test_checkpoints_hold_adapters_alone_and_export_to_them(recipe: str, brought, root: Path) -> None:
+    """Besides them Adam's two moments of each, and nothing."""
     from safetensors.torch import load_file
+    from torch.distributed.checkpoint import FileSystemReader
 
     saved = joined([{"first": rank["adapters"][0]} for rank in brought(2, f"relay {recipe}")], "first")
     (out,) = brought(1, f"exported {recipe}")
     found = load_file(Path(out) / "adapter_model.safetensors")
     assert found.keys() == saved.keys()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in found.items())
-    files = [file for file in state.baton(root, recipe, 0).glob("*.distcp")]
-    weights = (root / "untied" / "reference" / "model.safetensors").stat().st_size
-    assert sum(file.stat().st_size for file in files) < weights / 2  # adapters and two moments of each
+    stored = FileSystemReader(state.baton(root, recipe, 0)).read_metadata().state_dict_metadata
+    assert all("lora." in name for name in stored)
+    shapes = {name: tensor.shape for name, tensor in saved.items() if not name.endswith(SHARERS)}
+    assert sum(tensor.size.numel() for tensor in stored.values()) == 3 * sum(
+        shape.numel() for shape in shapes.values()
+    )
 
 
 @pytest.mark.parametrize(("world", "name"), [(2, "peft tp2"), (2, "peft pp2"), (4, "peft tp2pp2")])
