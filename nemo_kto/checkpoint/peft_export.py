@@ -11,9 +11,12 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from safetensors.torch import save_file
 
+from nemo_kto.checkpoint.dist import damages
+from nemo_kto.checkpoint.manifest import MANIFEST
 from nemo_kto.checkpoint.metadata import check_metadata
 from nemo_kto.checkpoint.peft_files import shapes, split
 from nemo_kto.checkpoint.sharded import adapter_key
+from nemo_kto.checkpoint.together import on_all_ranks
 from nemo_kto.config.adapter_record import AdapterRecord, read_record
 from nemo_kto.config.architecture import Architecture
 from nemo_kto.config.lora import LoraSpec
@@ -62,13 +65,16 @@ def _matrices(
             for half, shape in (("a", (rank, columns)), ("b", (rows, rank))):
                 key = adapter_key(layer, linear, half)
                 template[key] = ShardedTensor.from_rank_offsets(key, torch.empty(shape))
-    try:
+    damage = damages(checkpoint) if (checkpoint / MANIFEST).is_file() else []
+    if damage:
+        raise CheckpointError(f"{checkpoint} is damaged: {damage[0]}")
+
+    def read() -> dict[str, torch.Tensor]:
         check_metadata(checkpoint, template)
-        found = dist_checkpointing.load({"adapters": template}, str(checkpoint))["adapters"]
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever Megatron's reader meets in a damaged file
-        raise CheckpointError(f"{checkpoint} is damaged, or of another model: {error}") from error
+        tensors: dict[str, torch.Tensor] = dist_checkpointing.load({"adapters": template}, str(checkpoint))["adapters"]
+        return tensors
+
+    found = on_all_ranks(read, f"{checkpoint} is damaged, or of another model")
     return {
         (layer, linear): (found[adapter_key(layer, linear, "a")], found[adapter_key(layer, linear, "b")])
         for layer in filter(spec.has, range(arch.num_layers))
