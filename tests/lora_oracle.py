@@ -5,6 +5,7 @@ The objective, the data and the optimizer are those of ``oracle.py``. It shares 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,14 +82,26 @@ class PeftPolicy:
 
 
 class Without:
-    """The base model of a policy."""
+    """The base model of a policy. Recipes share it, and each sequence is computed once.
 
-    def __init__(self, policy: PeftPolicy) -> None:
-        self._policy = policy
+    Args:
+        policy: with adapters.
+        known: logits by sequence.
+    """
 
+    def __init__(self, policy: PeftPolicy, known: dict[tuple[int, ...], Tensor]) -> None:
+        self._policy, self._known = policy, known
+
+    @torch.no_grad()
     def logits(self, ids: list[int]) -> Tensor:
-        with self._policy.model.disable_adapter():
-            return self._policy.logits(ids)
+        key = tuple(ids)
+        if key not in self._known:
+            with self._policy.model.disable_adapter():
+                self._known[key] = self._policy.logits(ids)
+        return self._known[key]
+
+
+_KNOWN: defaultdict[Path, dict[tuple[int, ...], Tensor]] = defaultdict(dict)
 
 
 def _norms_in_float64(model: torch.nn.Module) -> None:
@@ -128,7 +141,7 @@ def run_lora_oracle(recipe: LoraRecipe, root: Path, start: dict[str, Tensor]) ->
     base = recipe.base(root)
     policy = PeftPolicy(base, recipe)
     policy.fill(start)
-    reference: PeftPolicy | Without = Without(policy)
+    reference: PeftPolicy | Without = Without(policy, _KNOWN[base])
     if recipe.reference == "swap":
         reference = PeftPolicy(base, recipe)
         reference.fill(start)

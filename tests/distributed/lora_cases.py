@@ -28,7 +28,7 @@ class Case:
     recipe: str
     tp: int = 1
     pp: int = 1
-    micro: int = 2
+    micro: int = 4
     extra: tuple[str, ...] = ()
     steps: int = STEPS
 
@@ -45,9 +45,10 @@ class Case:
 CASES = {
     1: {
         "sgd-mb1": Case("sgd", micro=1),
+        "sgd-mb2": Case("sgd", micro=2),
         "sgd": Case("sgd"),
         "sgd-full": Case("sgd", extra=FULL),
-        "adam-mb4": Case("adam", micro=4),
+        "adam": Case("adam"),
         "normal": Case("normal", extra=(SELECTIVE,)),
         "some": Case("some"),
         "tied": Case("tied"),
@@ -57,30 +58,29 @@ CASES = {
     },
     2: {
         "dp2-sgd-mb1": Case("sgd", micro=1),
-        "dp2-adam-overlap": Case("adam", extra=OVERLAP),
-        "dp2-swap-overlap": Case("swap", micro=1, extra=OVERLAP),
-        "pp2-sgd-mb4": Case("sgd", pp=2, micro=4),
+        "dp2-adam-overlap": Case("adam", micro=2, extra=OVERLAP),
+        "dp2-swap-overlap": Case("swap", extra=OVERLAP),
+        "pp2-sgd-mb2": Case("sgd", pp=2, micro=2),
         "pp2-normal-full": Case("normal", pp=2, extra=FULL),
         "pp2-some": Case("some", pp=2, extra=(DIST,)),
         "pp2-tied": Case("tied", pp=2),
         "tp2-sgd": Case("sgd", tp=2),
-        "tp2-normal": Case("normal", tp=2),
-        "tp2-adam": Case("adam", tp=2, micro=4, extra=(DIST,)),
+        "tp2-normal-mb2": Case("normal", tp=2, micro=2),
+        "tp2-adam": Case("adam", tp=2, extra=(DIST,)),
         "tp2-swap": Case("swap", tp=2),
         "tp2-dropout": Case("dropout", tp=2, steps=2),
         "tp2sp-sgd": Case("sgd", tp=2, extra=(SEQUENCE,)),
-        "tp2sp-normal-full": Case("normal", tp=2, micro=4, extra=(SEQUENCE, *FULL)),
-        "tp2sp-some": Case("some", tp=2, extra=(SEQUENCE,)),
+        "tp2sp-normal-full": Case("normal", tp=2, extra=(SEQUENCE, *FULL)),
+        "tp2sp-some-mb1": Case("some", tp=2, micro=1, extra=(SEQUENCE,)),
         "tp2sp-dropout": Case("dropout", tp=2, extra=(SEQUENCE,), steps=2),
         "tp2sp-dropout-full": Case("dropout", tp=2, extra=(SEQUENCE, *FULL), steps=2),
     },
     4: {
         "tp2pp2-sgd": Case("sgd", tp=2, pp=2),
-        "tp2pp2-adam": Case("adam", tp=2, pp=2, extra=(DIST,)),
-        "tp2pp2sp-normal": Case("normal", tp=2, pp=2, micro=4, extra=(SEQUENCE,)),
+        "tp2pp2sp-normal-mb2": Case("normal", tp=2, pp=2, micro=2, extra=(SEQUENCE,)),
+        "tp2pp2-swap": Case("swap", tp=2, pp=2, extra=(DIST,)),
         "tp2spdp2-some": Case("some", tp=2, extra=(SEQUENCE, *OVERLAP)),
         "pp2dp2-tied": Case("tied", pp=2),
-        "tp2dp2-swap": Case("swap", tp=2, micro=4, extra=(DIST,)),
     },
 }
 

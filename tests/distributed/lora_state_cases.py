@@ -16,7 +16,7 @@ LEG = 2
 """Steps between two checkpoints of the relay."""
 TP2 = Case("adam", tp=2)
 RELAYS = {
-    "adam": (TP2, Case("adam"), Case("adam", pp=2, micro=4)),
+    "adam": (TP2, Case("adam"), Case("adam", pp=2)),
     "some": (
         Case("some", tp=2, extra=(DIST, SEQUENCE)),
         Case("some", extra=(DIST,)),
@@ -24,7 +24,7 @@ RELAYS = {
     ),
 }
 """Each layout takes over what the one before it saved."""
-TAKEN_OVER = {1: {"adam": Case("adam", micro=4)}, 4: {"some": Case("some", tp=2, pp=2, extra=(DIST,))}}
+TAKEN_OVER = {1: {"adam": Case("adam")}, 4: {"some": Case("some", tp=2, pp=2, extra=(DIST,))}}
 """Who goes on after the first leg in another world, to the end."""
 
 
