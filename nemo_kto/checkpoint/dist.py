@@ -17,7 +17,7 @@ from torch import nn
 
 from nemo_kto.checkpoint import manifest
 from nemo_kto.checkpoint.metadata import check_metadata
-from nemo_kto.checkpoint.saving import CheckpointWriter, Contents
+from nemo_kto.checkpoint.saving import ESSENTIAL, CheckpointWriter, Contents
 from nemo_kto.checkpoint.sharded import sharded_state, take_over, tensor_keys
 from nemo_kto.checkpoint.together import on_all_ranks
 from nemo_kto.config.locate import is_megatron_checkpoint
@@ -84,10 +84,17 @@ def damages(folder: str | Path) -> list[str]:
 
     All ranks call it and share the reading; every rank gets the whole answer.
     """
-    mine = manifest.problems(Path(folder), part=dist.get_rank(), parts=dist.get_world_size())
+    path = Path(folder)
+    mine = manifest.problems(path, part=dist.get_rank(), parts=dist.get_world_size()) or _lacking(path)
     everyone: list[list[str]] = [[]] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return list(dict.fromkeys(line for lines in everyone for line in lines))
+
+
+def _lacking(folder: Path) -> list[str]:
+    """What a manifest does not know of although no checkpoint can be without it."""
+    known = manifest.read(folder)
+    return [f"{folder} lacks {name}" for name in ESSENTIAL if name not in known]
 
 
 def _not_a_checkpoint(path: Path) -> CheckpointError:
