@@ -239,9 +239,7 @@ def _publish(draft: Path, target: Path) -> None:
         file.unlink()
     lost = [name for name in (*ESSENTIAL, *known) if not (draft / name).is_file()]
     if lost:
-        raise CheckpointError(
-            f"{draft} has lost {', '.join(lost[:3])} while it was written: does another run write here?"
-        )
+        raise CheckpointError(f"{draft} has lost {', '.join(lost[:3])}: does another run write here?")
     manifest.complete(draft, known)
     draft.rename(target)
     manifest.sync_directory(target.parent)

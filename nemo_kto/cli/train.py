@@ -118,6 +118,9 @@ def _check_same_network(config: Config, policy: Architecture) -> None:
     from nemo_kto.config.locate import hf_side
 
     path = config.model.kto.reference_from_path
+    kept = Path(config.exp_manager.explicit_log_dir) / "reference"
+    if Path(path).resolve() == kept.resolve():
+        raise ConfigError(f"model.kto.reference_from_path={path} is where this run keeps its own: move it elsewhere")
     reference = asdict(read_architecture(hf_side(path)))
     for name, value in asdict(policy).items():
         if reference[name] != value and name != "max_position_embeddings":

@@ -75,7 +75,8 @@ def write_config(log_dir: Path, text: str) -> None:
         draft.write_text(CONFIG_HEADER + text, encoding="utf-8")
         draft.replace(path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
         raise ConfigError(f"{path} cannot be written ({error.strerror}): name another directory") from error
 
 

@@ -65,11 +65,12 @@ def run_record(checkpoint: Path) -> dict[str, Any]:
         try:
             data = (path / RECORD).read_bytes()
             files = json.loads((path / _MANIFEST).read_bytes())["files"]
-            if files[RECORD]["sha256"] == hashlib.sha256(data).hexdigest():
-                record: dict[str, Any] = json.loads(data)
-                return record
+            record = json.loads(data)
         except (OSError, ValueError, KeyError, TypeError):
             continue
+        is_as_written = files.get(RECORD, {}).get("sha256") == hashlib.sha256(data).hexdigest()
+        if is_as_written and isinstance(record, dict) and isinstance(record.get("identity"), dict):
+            return record
     return {}
 
 

@@ -51,9 +51,7 @@ def world_from_environment() -> World:
         return _world(_number("SLURM_PROCID"), size, max(1, size // max(1, nodes)), _number("SLURM_LOCALID", 0))
     for name, alone, other in (("WORLD_SIZE", "1", "RANK"), ("RANK", "0", "WORLD_SIZE")):
         if env.get(name, alone) != alone:
-            raise ConfigError(
-                f"{name}={env[name]} in the environment, but no {other}: a launcher sets both, or neither"
-            )
+            raise ConfigError(f"{name}={env[name]} in the environment, but no {other}: launchers set both or neither")
     return World(rank=0, size=1, local_size=1, launched=False)
 
 
