@@ -17,7 +17,7 @@ from torch import nn
 
 from nemo_kto.checkpoint import manifest
 from nemo_kto.checkpoint.metadata import check_metadata
-from nemo_kto.checkpoint.saving import CheckpointWriter, Contents
+from nemo_kto.checkpoint.saving import ESSENTIAL, CheckpointWriter, Contents
 from nemo_kto.checkpoint.sharded import Part, sharded_state, take_over, tensor_keys
 from nemo_kto.checkpoint.together import on_all_ranks
 from nemo_kto.config.adapter_record import holds_adapters
@@ -91,7 +91,8 @@ def damages(folder: str | Path) -> list[str]:
 
     All ranks call it and share the reading; every rank gets the whole answer.
     """
-    mine = manifest.problems(Path(folder), part=dist.get_rank(), parts=dist.get_world_size())
+    path = Path(folder)
+    mine = manifest.problems(path, part=dist.get_rank(), parts=dist.get_world_size()) or _lacking(path)
     everyone: list[list[str]] = [[]] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return list(dict.fromkeys(line for lines in everyone for line in lines))
@@ -108,3 +109,9 @@ def _unfit(path: Path, part: Part) -> CheckpointError | None:
     if part is Part.ADAPTERS and not holds_adapters(path):
         return CheckpointError(f"{path} holds no adapters but a whole model: it was saved with peft_scheme none")
     return None
+
+
+def _lacking(folder: Path) -> list[str]:
+    """What a manifest does not know of although no checkpoint can be without it."""
+    known = manifest.read(folder)
+    return [f"{folder} lacks {name}" for name in ESSENTIAL if name not in known]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -33,6 +34,11 @@ _CLASSES = {
 }
 
 
+def keep_pickles_shut() -> None:
+    """Before torch.load: take away the variable that makes it unpickle anything, also under ``weights_only=True``."""
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+
+
 def check_metadata(checkpoint: Path, tensors: Iterable[str]) -> None:
     """Refuse a checkpoint that would run code when it is read.
 
@@ -46,6 +52,7 @@ def check_metadata(checkpoint: Path, tensors: Iterable[str]) -> None:
         CheckpointError: the index is missing, damaged, names anything but the data classes torch writes there,
             declares a pickled object in place of a tensor, or points out of the directory.
     """
+    keep_pickles_shut()
     path = checkpoint / _METADATA
     try:
         with path.open("rb") as file:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_kto.checkpoint import hf_names
 from nemo_kto.checkpoint.hf_files import INDEX, SINGLE
-from nemo_kto.checkpoint.metadata import check_metadata
+from nemo_kto.checkpoint.metadata import check_metadata, keep_pickles_shut
 from nemo_kto.checkpoint.sharded import EXTRA_STATE, PREFIX
 from nemo_kto.config.architecture import Architecture
 from nemo_kto.errors import CheckpointError
@@ -185,6 +185,7 @@ class _Writer:
 
 def _load(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of one rank, mapped from the file. FP8 scales, which NeMo kept as byte streams, are left out."""
+    keep_pickles_shut()
     try:
         with torch.serialization.safe_globals([io.BytesIO]):  # data, and nothing else
             state: Any = torch.load(file, map_location="cpu", mmap=True, weights_only=True)

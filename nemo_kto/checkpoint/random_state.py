@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from nemo_kto.distributed.groups import ParallelGroups
@@ -60,7 +60,7 @@ def gather(groups: ParallelGroups) -> dict[str, Tensor] | None:
 
 def write(streams: dict[str, Tensor], folder: Path) -> None:
     """Write what :func:`gather` returned."""
-    save_file(streams, folder / FILE)
+    (folder / FILE).write_bytes(save(streams))  # safetensors' own writer makes files that only their owner can read
 
 
 def read(folder: Path, groups: ParallelGroups) -> Streams | None:

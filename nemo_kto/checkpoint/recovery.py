@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 
 from nemo_kto.checkpoint.dist import damages
+from nemo_kto.checkpoint.retention import point_to
 from nemo_kto.checkpoint.together import on_first_rank
 from nemo_kto.config.locate import checkpoint_steps
 from nemo_kto.errors import CheckpointError
@@ -46,6 +48,8 @@ def _newest_whole(log_dir: Path) -> Path:
         if not found:
             _report(damaged)
             _set_aside([path for path, _ in damaged])
+            if damaged:
+                on_first_rank(partial(point_to, log_dir, path), f"{log_dir} cannot be written")
             return path
         damaged.append((path, found))
     listed = "\n".join(f"  {found[0]}" for _, found in damaged)

@@ -17,6 +17,15 @@ LATEST = "latest_checkpoint.txt"
 logger = logging.getLogger(__name__)
 
 
+def point_to(log_dir: Path, checkpoint: Path) -> None:
+    """Name the newest checkpoint.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    manifest.write_text(log_dir / LATEST, f"{checkpoint}\n")
+
+
 class Retention:
     """The newest few and the best few.
 
@@ -69,7 +78,7 @@ class Retention:
         Raises:
             OSError: the pointer cannot be written.
         """
-        manifest.write_text(self._log_dir / LATEST, f"{checkpoint}\n")
+        point_to(self._log_dir, checkpoint)
         if self._top_k != -1:
             self._forget()
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from nemo_kto.checkpoint import manifest
 from nemo_kto.checkpoint.dist import damages, load_model
 from nemo_kto.checkpoint.saving import CheckpointWriter, Contents
 from nemo_kto.checkpoint.together import on_first_rank
-from nemo_kto.config.resume import RECORD
+from nemo_kto.config.resume import run_record
 from nemo_kto.distributed.groups import ParallelGroups
 from nemo_kto.errors import CheckpointError
 
@@ -78,20 +77,28 @@ class RunReference:
         if not keep:
             return None
         if origin is None or origin.resolve() != self.folder.resolve():
-            on_first_rank(lambda: shutil.rmtree(self.folder, ignore_errors=True), f"{self.folder} cannot be removed")
+            on_first_rank(self._make_room, f"{self.folder} cannot be removed")
             CheckpointWriter().save(chunks, self.contents, self.folder, groups)
         return manifest.identity(self.folder)
 
+    def _make_room(self) -> None:
+        """Delete the reference of a run that never came to a checkpoint; what is none of ours stays."""
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / manifest.MANIFEST).is_file():
+            raise CheckpointError(f"{self.folder} is no reference of a run: move it away")
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def _origin(self, resume_from: Path, *, may_differ: bool) -> Path | None:
         """What the run that is resumed has kept, checked; None where it is to come from the source."""
-        folder = resume_from.resolve().parents[1] / FOLDER
-        wanted = _recorded(resume_from)
+        folder = resume_from.resolve().parent.parent / FOLDER
+        wanted = run_record(resume_from).get("reference")
         if wanted is None and (folder / manifest.MANIFEST).is_file():
             wanted = manifest.identity(folder)  # no record can be read; what is kept must not be replaced all the same
         if wanted is None:
             return None  # not one of ours, or of a version that kept no reference
         problem = _problem(folder, wanted)
         if problem is None:
+            if dist.get_rank() == 0:
+                logger.info("the reference is the one that the run was started with, kept in %s", folder)
             return folder
         if not may_differ:
             raise CheckpointError(
@@ -109,14 +116,3 @@ def _problem(folder: Path, wanted: str) -> str | None:
     return (
         None if manifest.identity(folder) == wanted else f"{folder} holds another reference than the checkpoint's run"
     )
-
-
-def _recorded(checkpoint: Path) -> str | None:
-    """The identity that a checkpoint names, or, where that one is damaged, another one of the same run."""
-    for path in (checkpoint, *sorted(checkpoint.parent.glob("step-*"), reverse=True)):
-        try:
-            record: Any = json.loads((path / RECORD).read_text(encoding="utf-8"))
-            return None if record["reference"] is None else str(record["reference"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return None

@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 _DIGESTS = ".digests-"
 _COMMON_FILE = "common.pt"  # Megatron's name
 _BACKEND = ("torch_dist", 1)
+ESSENTIAL = (_COMMON_FILE, "metadata.json", ".metadata")
+"""Files that every checkpoint holds besides its shards."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,9 @@ def _publish(draft: Path, target: Path) -> None:
     for file in draft.glob(f"{_DIGESTS}*.json"):
         known |= {name: FileRecord(**record) for name, record in json.loads(file.read_text()).items()}
         file.unlink()
+    lost = [name for name in (*ESSENTIAL, *known) if not (draft / name).is_file()]
+    if lost:
+        raise CheckpointError(f"{draft} has lost {', '.join(lost[:3])}: does another run write here?")
     manifest.complete(draft, known)
     draft.rename(target)
     manifest.sync_directory(target.parent)

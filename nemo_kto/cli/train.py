@@ -97,6 +97,7 @@ def _check(config: Config) -> None:
     from nemo_kto.config.checks import check_length, check_recompute
     from nemo_kto.config.layout import check_layout
     from nemo_kto.config.locate import hf_side, resume_path
+    from nemo_kto.config.log_dir import check_log_dir
 
     model, start = config.model, config.pretrained_checkpoint.restore_from_path
     arch = read_architecture(hf_side(start))
@@ -115,7 +116,7 @@ def _check(config: Config) -> None:
     _check_same_network(config, arch)
     _check_adapters(config, arch)
     resume_path(config.exp_manager)
-    _check_writable(Path(config.exp_manager.explicit_log_dir))
+    check_log_dir(Path(config.exp_manager.explicit_log_dir))
 
 
 def _check_adapters(config: Config, arch: Architecture) -> None:
@@ -142,6 +143,9 @@ def _check_same_network(config: Config, policy: Architecture) -> None:
     from nemo_kto.config.locate import hf_side
 
     path = config.model.kto.reference_from_path
+    kept = Path(config.exp_manager.explicit_log_dir) / "reference"
+    if Path(path).resolve() == kept.resolve():
+        raise ConfigError(f"model.kto.reference_from_path={path} is where this run keeps its own: move it elsewhere")
     reference = asdict(read_architecture(hf_side(path)))
     for name, value in asdict(policy).items():
         if reference[name] != value and name != "max_position_embeddings":
@@ -149,28 +153,6 @@ def _check_same_network(config: Config, policy: Architecture) -> None:
                 f"model.kto.reference_from_path={path} is another network than the policy: {name} is "
                 f"{reference[name]}, not {value}"
             )
-
-
-def _check_writable(log_dir: Path) -> None:
-    key = f"exp_manager.explicit_log_dir={log_dir}"
-    if log_dir.exists() and not log_dir.is_dir():
-        raise ConfigError(f"{key} is a file: name a directory")
-    for name, is_folder in (
-        ("checkpoints", True),
-        ("reference", True),
-        ("metrics.jsonl", False),
-        ("config.yaml", False),
-    ):
-        path = log_dir / name
-        if path.exists() and path.is_dir() != is_folder:
-            raise ConfigError(f"{key}: {path} is a {'file' if is_folder else 'directory'}, remove it")
-    try:
-        log_dir.mkdir(parents=True, exist_ok=True)
-        probe = log_dir / f".write_test_{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"{key} cannot be written ({error.strerror}): name another directory") from error
 
 
 def _read_data(config: Config) -> RunData:
@@ -198,6 +180,7 @@ def _read_data(config: Config) -> RunData:
 
 def _train(config: Config, data: RunData, world: World) -> int:
     from nemo_kto import cpu_backend
+    from nemo_kto.config.log_dir import claim
     from nemo_kto.quiet import quiet_nemo
 
     # one queue per device keeps Megatron's overlapped collectives in order; must be set before CUDA starts
@@ -205,6 +188,7 @@ def _train(config: Config, data: RunData, world: World) -> int:
     _check_accelerator(config.trainer.accelerator, on_cpu=cpu_backend.install())
     quiet_nemo()
     if world.rank == 0:
+        claim(Path(config.exp_manager.explicit_log_dir))
         _announce(config, data, world)
     from nemo_kto.launch import shutdown
     from nemo_kto.training.trainer import fit

@@ -152,6 +152,8 @@ def _exp_manager(exp: ExpManagerConfig) -> Iterator[str]:
     yield from _at_least(1, **{f"{keys}__save_last_k": params.save_last_k})
     if exp.max_time_per_run is not None and not re.fullmatch(r"\d\d:\d\d:\d\d:\d\d", exp.max_time_per_run):
         yield f'exp_manager.max_time_per_run={exp.max_time_per_run} is not "DD:HH:MM:SS", such as "00:03:50:00"'
+    elif exp.max_time_per_run == "00:00:00:00":
+        yield "exp_manager.max_time_per_run=00:00:00:00 leaves no time for a step; null is no limit"
 
 
 def _sizes(model: ModelConfig) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from nemo_kto.config.locate import resume_path
 from nemo_kto.config.schema import Config
 from nemo_kto.errors import ConfigError
 
+_MANIFEST = "manifest.json"  # its form is the checkpoint package's; here one checksum is enough
 RECORD = "run.json"
 """File of a checkpoint that tells, without torch, what its run was: ``identity``, ``reference`` and counters."""
 
@@ -34,7 +36,7 @@ def check_resume(config: Config, now: Mapping[str, Any]) -> list[str]:
     checkpoint = resume_path(config.exp_manager)
     if checkpoint is None:
         return []
-    record = _record(checkpoint)
+    record = run_record(checkpoint)
     if not record.get("identity"):
         return [
             f"{checkpoint} does not tell what it was trained on: whether data, tokenizer, seed, batch size and loss "
@@ -54,14 +56,20 @@ def check_resume(config: Config, now: Mapping[str, Any]) -> list[str]:
     return [f"going on from {checkpoint} with changes: {line}" for line in found]
 
 
-def _record(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of its run, or, where that is damaged, what another one of the same run says."""
+def run_record(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of its run, or, where that is damaged, what the newest other one of the same run says.
+
+    A record counts only if its bytes are those that the checkpoint's manifest was made of; empty where none is.
+    """
     for path in (checkpoint, *sorted(checkpoint.parent.glob("step-*"), reverse=True)):
         try:
-            record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            data = (path / RECORD).read_bytes()
+            files = json.loads((path / _MANIFEST).read_bytes())["files"]
+            record = json.loads(data)
+        except (OSError, ValueError, KeyError, TypeError):
             continue
-        if isinstance(record, dict) and isinstance(record.get("identity"), dict):
+        is_as_written = files.get(RECORD, {}).get("sha256") == hashlib.sha256(data).hexdigest()
+        if is_as_written and isinstance(record, dict) and isinstance(record.get("identity"), dict):
             return record
     return {}
 

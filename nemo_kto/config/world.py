@@ -49,6 +49,9 @@ def world_from_environment() -> World:
     if "SLURM_PROCID" in env and "SLURM_NTASKS" in env and env.get("SLURM_STEP_ID", "") not in ("", "4294967290"):
         size, nodes = _number("SLURM_NTASKS"), _number("SLURM_NNODES") if "SLURM_NNODES" in env else 1
         return _world(_number("SLURM_PROCID"), size, max(1, size // max(1, nodes)), _number("SLURM_LOCALID", 0))
+    for name, alone, other in (("WORLD_SIZE", "1", "RANK"), ("RANK", "0", "WORLD_SIZE")):
+        if env.get(name, alone) != alone:
+            raise ConfigError(f"{name}={env[name]} in the environment, but no {other}: launchers set both or neither")
     return World(rank=0, size=1, local_size=1, launched=False)
 
 

@@ -20,7 +20,7 @@ from nemo_kto.data.problems import Problems
 from nemo_kto.data.readers import usable_files
 from nemo_kto.data.records import Record, iter_records
 from nemo_kto.data.store import RowChunk, StoreSummary, StoreWriter, TokenStore
-from nemo_kto.errors import CheckpointError, DataError
+from nemo_kto.errors import CheckpointError, DataError, StoppedEarlyError
 
 __all__ = ["EncodeSettings", "StoreSummary", "TokenStore", "build_store", "load_tokenizer"]
 
@@ -39,6 +39,7 @@ def build_store(files: Sequence[str | Path], tokenizer_path: str | Path, data_co
     Raises:
         DataError: if a file, a record or the cache directory is bad, or no row is left.
         CheckpointError: if there is no tokenizer, or it has no EOS token to append.
+        StoppedEarlyError: if a signal came that is to be heeded.
     """
     problems = Problems("the data cannot be used; problems")
     names = usable_files(files, problems)
@@ -127,12 +128,15 @@ def _num_workers(files: Sequence[str], asked: int | None) -> int:
 
 
 def _write(out: Path, files: Sequence[str], work: _Work) -> None:
-    for _ in iter_records(files):
-        pass  # a bad last line is worth knowing before the tokenizer is loaded and hours of tokens are made
+    for number, _ in enumerate(iter_records(files)):
+        # a bad last line is worth knowing before the tokenizer is loaded and hours of tokens are made
+        if number % CHUNK == 0:
+            _heed()
     problems = Problems("the data cannot be tokenised; problems")
     num_rows = num_records = 0
     with StoreWriter(out) as writer:
         for chunk in work.encode(iter_records(files)):
+            _heed()
             for where, what in chunk.problems:
                 problems.add(where, what)
             writer.add(chunk)
@@ -144,3 +148,9 @@ def _write(out: Path, files: Sequence[str], work: _Work) -> None:
                 f"model.data.seq_length={work.encoder_arguments[1].seq_length} tokens and were dropped; raise it"
             )
         logger.info("tokenised: %s", writer.finish(files).describe())
+
+
+def _heed() -> None:
+    name = interrupts.requested()
+    if name is not None:
+        raise StoppedEarlyError(f"stopped by {name} while the data was tokenised; the same command starts again")

@@ -38,6 +38,7 @@ class CheckpointKeeper:
         self._ranks_best = ranks_best
         self._validated: int | None = None
         self._saved: int | None = None
+        self._due = False
         self.failure: CheckpointError | None = None
         """Why the newest attempt to save failed; None where it did not."""
 
@@ -56,15 +57,21 @@ class CheckpointKeeper:
             _or_say(lambda: self._retention.score(trainer.global_step, float(value)))
 
     def between_steps(self, trainer: Trainer) -> None:
-        """Publish what has been written meanwhile, and save if it is time to. All ranks call it."""
+        """Publish what has been written meanwhile, and save if it is time to. All ranks call it.
+
+        After a skipped step it is not: the weights may be what is wrong, and a checkpoint of them would push out one
+        of better ones. It is as soon as a step is taken.
+        """
         self._finish(trainer, wait=False)
         step = trainer.global_step
-        if step % self._save_interval == 0 or step == self._validated:
+        self._due |= step % self._save_interval == 0 or step == self._validated
+        if self._due and not trainer.lightning_module.skips.in_a_row:
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
         """Save this step, unless it is saved."""
         step = trainer.global_step
+        self._due = False
         if step == self._saved:
             return
         self._finish(trainer, wait=True)

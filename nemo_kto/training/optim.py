@@ -82,6 +82,13 @@ def set_learning_rate(optimizer: MegatronOptimizer, rate: float, weight_decay: f
         group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
 
 
+def restate(optimizer: MegatronOptimizer, optim: OptimConfig) -> None:
+    """Set what a loaded checkpoint has set to its own run's values, but for rate and decay, which every step sets."""
+    wanted = {"betas": tuple(optim.betas), "eps": optim.eps, "momentum": optim.momentum}
+    for group in optimizer.param_groups:
+        group.update({name: value for name, value in wanted.items() if name in group})
+
+
 def prime_state(optimizer: MegatronOptimizer) -> None:
     """Make Adam's state exist before a checkpoint is loaded into it: Megatron's state_dict asserts that it does.
 

@@ -35,6 +35,11 @@ class SkippedSteps:
         self._path = log_dir / FILE
         self._file = MetricsFile(self._path)
 
+    @property
+    def in_a_row(self) -> int:
+        """How many of the newest steps were skipped, without one between them that was taken."""
+        return self._in_a_row
+
     def state(self) -> dict[str, int]:
         """What a checkpoint keeps of this."""
         return {"skipped_steps": self.total, "consecutive_skips": self._in_a_row}

@@ -26,7 +26,7 @@ from nemo_kto.distributed import groups as parallel
 from nemo_kto.distributed.groups import ParallelGroups
 from nemo_kto.distributed.join import DEFAULT_TIMEOUTS, Timeouts, join
 from nemo_kto.training.environment import LaunchedEnvironment
-from nemo_kto.training.optim import LightningMegatronOptimizer, prime_state
+from nemo_kto.training.optim import LightningMegatronOptimizer, prime_state, restate
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +135,7 @@ class MegatronStrategy(DDPStrategy):
         path = whole_checkpoint(Path(checkpoint_path), model.log_dir)
         prime_state(optimizer)
         common = dist_checkpoint.load(model.chunks, optimizer, path, self.groups, model.policy.contents.part)
+        restate(optimizer, model.run.model.optim)
         self._random_streams = random_state.read(path, self.groups)
         # not global_step: the batch size may have changed
         step = common["consumed_samples"] // model.run.model.global_batch_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -13,9 +14,11 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from nemo_kto.checkpoint.retention import Retention
 from nemo_kto.config.load import to_yaml
 from nemo_kto.config.locate import newest_checkpoint, resume_path
+from nemo_kto.config.log_dir import write_config
 from nemo_kto.config.schema import Config, ExpManagerConfig, KTOLoopConfig
 from nemo_kto.config.world import World
 from nemo_kto.distributed.join import Timeouts
+from nemo_kto.errors import KTOError
 from nemo_kto.training.checkpointing import CheckpointKeeper, StepBoundary
 from nemo_kto.training.kto_model import MegatronGPTKTOModel
 from nemo_kto.training.loggers import loggers
@@ -23,6 +26,8 @@ from nemo_kto.training.progress import progress_callback
 from nemo_kto.training.run_data import RunData
 from nemo_kto.training.stopping import StopAgreement
 from nemo_kto.training.strategy import MegatronStrategy
+
+_WORKER_DIED = re.compile(r"DataLoader worker \(pid.*(killed|exited)")
 
 
 class _StepLoop(_TrainingEpochLoop):
@@ -48,10 +53,18 @@ def fit(config: Config, data: RunData, world: World) -> Path | None:
     resume_from = resume_path(config.exp_manager)
     trainer = build_trainer(config, data, world)
     if trainer.is_global_zero:
-        (log_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        write_config(log_dir, to_yaml(config))
     model = MegatronGPTKTOModel(config, trainer, data)
     try:
         trainer.fit(model, ckpt_path=resume_from)
+    except RuntimeError as error:
+        if not _WORKER_DIED.search(str(error)):
+            raise
+        raise KTOError(
+            f"a process that builds batches died ({error}): if memory ran out, lower model.data.num_workers (now "
+            f"{config.model.data.num_workers}; 0 builds them in the training process). The same command goes on from "
+            "the newest checkpoint"
+        ) from error
     except SystemExit:
         if trainer.interrupted:  # Lightning exits by itself, with the code of a bug
             raise KeyboardInterrupt from None

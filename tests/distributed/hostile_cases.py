@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -62,6 +63,7 @@ def hostile(rank: int, root: Path) -> dict[str, tuple[str, str, bool]]:
     """The error of each, and whether its code ran; weights alone, and a whole run's state."""
     from nemo_kto.checkpoint import dist, manifest
 
+    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # some set it for other programs
     run = Run(Setup(), root / "model")
     run.train(1)
     run.save(root / "harmless")

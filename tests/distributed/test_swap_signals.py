@@ -71,6 +71,7 @@ def _interrupted() -> dict[str, object]:
     """Ctrl-C raises KeyboardInterrupt: out of the block, not in the middle of it."""
     swap, weight, policy = _toy()
     reached = False
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
     try:
         with swap.swapped():
             os.kill(os.getpid(), signal.SIGINT)

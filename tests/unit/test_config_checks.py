@@ -51,6 +51,7 @@ CASES = [
     ([f"{CALLBACK}.monitor=loss"], 1, f"{CALLBACK}.monitor=loss is not one of val_loss, val/loss"),
     ([f"{CALLBACK}.mode=best"], 1, f"{CALLBACK}.mode=best is not one of min, max"),
     ([f"{CALLBACK}.save_top_k=-2"], 1, f"{CALLBACK}.save_top_k=-2 must be at least -1"),
+    (["exp_manager.max_time_per_run='00:00:00:00'"], 1, "exp_manager.max_time_per_run=00:00:00:00 leaves no time"),
     (["exp_manager.max_time_per_run='3:50'"], 1, 'exp_manager.max_time_per_run=3:50 is not "DD:HH:MM:SS"'),
     # model
     (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -170,7 +171,10 @@ def checkpoint(log_dir: Path, record, step: int = 3) -> Path:
     folder.mkdir(parents=True)
     (folder / "metadata.json").write_text("{}")
     if record is not None:
-        (folder / RECORD).write_text(record if isinstance(record, str) else json.dumps(record))
+        text = record if isinstance(record, str) else json.dumps(record)
+        (folder / RECORD).write_text(text)
+        files = {RECORD: {"sha256": hashlib.sha256(text.encode()).hexdigest()}}
+        (folder / "manifest.json").write_text(json.dumps({"files": files}))
     return folder
 
 
@@ -223,6 +227,14 @@ def test_a_damaged_record_is_replaced_by_another_of_the_run(log_dir):
     checkpoint(log_dir, "{", step=5)
     with pytest.raises(ConfigError, match=r"model\.seed was 1234"):
         check(log_dir, "model.seed=1")
+
+
+def test_a_record_of_other_bytes_than_were_saved_does_not_count(log_dir):
+    """A flipped bit in it must not pass for other settings."""
+    newest = checkpoint(log_dir, {"identity": of("model.seed=1")}, step=5)
+    text = (newest / RECORD).read_text()
+    (newest / RECORD).write_text(text.replace('"model.seed": 1', '"model.seed": 2'))
+    assert check(log_dir) == []
 
 
 def test_a_new_batch_size_needs_a_directory_of_its_own(tmp_path, log_dir):

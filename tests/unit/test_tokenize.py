@@ -7,9 +7,10 @@ import pytest
 import tiny
 from data_kit import char_tokenizer, codes, data_config, pair, rows, store_of, write_jsonl
 
+from nemo_kto import interrupts
 from nemo_kto.data import tokenize
 from nemo_kto.data.tokenize import build_store, load_tokenizer
-from nemo_kto.errors import CheckpointError, DataError
+from nemo_kto.errors import CheckpointError, DataError, StoppedEarlyError
 
 EOS = ord("$")
 CHATML = (
@@ -189,6 +190,12 @@ def test_processes_give_the_same_store(tmp_path, monkeypatch):
     assert alone.summary == together.summary
     for name in ("ids", "offsets", "prompt_keys", "response_keys", "record_index"):
         assert (alone.path / f"{name}.npy").read_bytes() == (together.path / f"{name}.npy").read_bytes()
+
+
+def test_a_signal_ends_it_before_the_next_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(interrupts, "requested", lambda: "SIGTERM")
+    with pytest.raises(StoppedEarlyError, match="stopped by SIGTERM while the data was tokenised"):
+        store_of(tmp_path, [pair("a", "b")], char_tokenizer(tmp_path / "tok"))
 
 
 def test_small_inputs_stay_in_process():

@@ -90,3 +90,12 @@ def test_contradictions_are_refused(environment, wrong):
 def test_no_meeting_point(environment):
     with pytest.raises(ConfigError, match="MASTER_ADDR"):
         meeting_point()
+
+
+@pytest.mark.parametrize(("name", "value", "other"), [("WORLD_SIZE", "2", "RANK"), ("RANK", "1", "WORLD_SIZE")])
+def test_half_of_a_launchers_environment_is_refused(environment, name, value, other):
+    environment.setenv(name, value)
+    with pytest.raises(ConfigError, match=rf"{name}={value} in the environment, but no {other}"):
+        world_from_environment()
+    environment.setenv(name, "1" if name == "WORLD_SIZE" else "0")
+    assert world_from_environment() == World(0, 1, 1, launched=False)
