@@ -164,7 +164,10 @@ def _in_the_way(write: Callable[..., None], draft: Path, *rest: object) -> None:
 
 def reference(rank: int, root: Path) -> dict[str, object]:
     """A run keeps its reference; a resumed run takes that one, or says why it cannot."""
+    from nemo_kto.checkpoint import manifest
     from nemo_kto.checkpoint.run_reference import RunReference
+    from nemo_kto.checkpoint.saving import Contents
+    from nemo_kto.checkpoint.weights import load_weights
 
     run = Run(Setup(tp=2), root / "other", reference=root / "model")
     log_dir = root / "kept"
@@ -172,10 +175,10 @@ def reference(rank: int, root: Path) -> dict[str, object]:
     expected = {name: value.clone() for name, value in Run(Setup(tp=2), root / "model").weights().items()}
 
     def settle(source: str, *, resume: bool, may_differ: bool = False, where: Path = log_dir) -> object:
-        place = RunReference(where, str(root / source), root / "model")
-        identity = place.settle(
+        key = f"model.kto.reference_from_path={root / source}"
+        load = partial(load_weights, run.chunks, run.arch, root / source, run.groups)
+        identity = RunReference(where, key, load, Contents(root / "model")).settle(
             run.chunks,
-            run.arch,
             run.groups,
             resume_from=checkpoint if resume else None,
             may_differ=may_differ,
@@ -184,8 +187,9 @@ def reference(rank: int, root: Path) -> dict[str, object]:
         return identity, kit.same(run.weights(), expected)
 
     fresh = settle("model", resume=False)
-    record = {"reference": fresh[0]}
-    _on_one(lambda: [checkpoint.mkdir(parents=True), (checkpoint / "run.json").write_text(json.dumps(record))])
+    record = json.dumps({"reference": fresh[0], "identity": {}})
+    _on_one(lambda: [checkpoint.mkdir(parents=True), (checkpoint / "run.json").write_text(record)])
+    _on_one(lambda: manifest.complete(checkpoint, {}))
     found: dict[str, object] = {"fresh": fresh, "resumed": settle("other", resume=True)}
     found["elsewhere"] = settle("other", resume=True, where=root / "branch")[1], (root / "branch/reference").is_dir()
     _on_one(lambda: _flip(_shard(log_dir / "reference")))
