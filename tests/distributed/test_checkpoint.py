@@ -139,6 +139,7 @@ def test_what_cannot_be_saved_is_named_on_all_ranks(name, path, two):
         assert path in message
 
 
+@pytest.mark.slow
 def test_a_killed_save_leaves_no_checkpoint_and_no_obstacle(root):
     for moment in cases.MOMENTS:
         with pytest.raises(RankError, match=r"exit codes by rank: \[-9\]"):

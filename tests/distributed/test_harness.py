@@ -44,6 +44,7 @@ def test_a_raising_rank_is_named_and_takes_the_others_down():
     assert time.monotonic() - start < 60
 
 
+@pytest.mark.slow
 def test_a_hang_ends_with_the_stack_it_hung_in():
     with pytest.raises(RankError, match=r"did not end within 30 s(.|\n)*_hang_on_one"):
         run_ranks(2, _hang_on_one, timeout=30)

@@ -23,7 +23,7 @@ from test_trajectory import DIST, joined
 from training_kit import each, of
 from trajectory import GRADIENT
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 TRAVEL = {"sgd": GRADIENT, "adamw": 1e-3}
 """Of the way all adapters go together, for the reasons given in ``test_trajectory.py``."""

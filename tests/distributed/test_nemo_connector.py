@@ -10,7 +10,7 @@ import torch
 import training_kit as kit
 from harness import run_ranks
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def prepare(root: Path, *words: str):

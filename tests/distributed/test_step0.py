@@ -14,7 +14,7 @@ import torch
 from harness import run_ranks
 from trajectory import ADAM, GRADIENT, Job, make_files
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 NORMALIZATIONS = ("per_batch", "per_class")
 RECIPE = replace(ADAM, start="reference")

@@ -14,7 +14,7 @@ import torch
 from bad_cases import LAUNCHER
 from train_runs import Run, train
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 TUNING = "model.peft.lora_tuning"
 LORA = ("model.peft.peft_scheme=lora", f"{TUNING}.adapter_dim=4", f"{TUNING}.alpha=8", "model.optim.lr=1e-2")

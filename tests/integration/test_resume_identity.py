@@ -135,6 +135,7 @@ def test_what_has_changed_is_named_and_nothing_is_touched(name, command_line, he
     assert not any((here / "new").rglob("*"))
 
 
+@pytest.mark.slow
 def test_changes_that_are_wanted_train_on_with_a_warning(here):
     """Another batch size too: its steps count what the run has consumed in batches of the new size."""
     words = [*WORDS, FROM, f"{CHANGES}=true", "model.global_batch_size=2", "model.seed=1"]
