@@ -76,7 +76,7 @@ def test_an_error_is_said_once(name, said, cases):
 
 def test_nothing_else_is_written_or_touched(said, here):
     """A run that cannot go on has left its settings and the loggers' files, and a new directory its reference."""
-    logs = ("config.yaml", "hparams.yaml", "events.out")
+    logs = ("config.yaml", "hparams.yaml", "events.out", ".lock")
     left = [name for name in said[1] if not Path(name).name.startswith(logs)]
     assert [name for name in left if not name.startswith("out/reference/")] == []
     assert not Path("/tmp/nemo_kto_evil").exists()
