@@ -89,18 +89,18 @@ def _bytes_of(run: Run) -> dict[str, object]:
 
 
 def test_it_starts_at_the_base_and_learns(runs):
-    first, *_, last = runs["_whole"].training
+    first, *_, last = runs["_resharded"][0].training  # without dropout
     assert (first["kl"], first["rewards/margins"], first["loss"]) == (0.0, 0.0, 1.0)
     assert last["rewards/margins"] > 0.1
 
 
 def test_a_checkpoint_holds_adapters_alone(runs, root):
-    """Four bytes each for the number and both of Adam's moments, and little besides."""
+    """Four bytes each for the number and both of Adam's moments, and torch's archive around each tensor."""
     run = runs["_whole"]
     held = sum(file.stat().st_size for file in (run.out / STEP).glob("*.distcp"))
     hidden, ffn, rank, queries, keys = 64, 128, 4, 64, 32
     layer = (hidden + queries + 2 * keys) + (queries + hidden) + (hidden + 2 * ffn) + (ffn + hidden)
-    assert 12 * 2 * rank * layer < held < 12 * 2 * rank * layer + 40_000
+    assert 12 * 2 * rank * layer < held < 12 * 2 * rank * layer + 4096 * 3 * 2 * 8
     assert held < (root / "model" / "model.safetensors").stat().st_size
     assert not (run.out / "reference").exists()
 
