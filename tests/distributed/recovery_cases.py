@@ -164,6 +164,7 @@ def _in_the_way(write: Callable[..., None], draft: Path, *rest: object) -> None:
 
 def reference(rank: int, root: Path) -> dict[str, object]:
     """A run keeps its reference; a resumed run takes that one, or says why it cannot."""
+    from nemo_kto.checkpoint import manifest
     from nemo_kto.checkpoint.run_reference import RunReference
 
     run = Run(Setup(tp=2), root / "other", reference=root / "model")
@@ -184,8 +185,9 @@ def reference(rank: int, root: Path) -> dict[str, object]:
         return identity, kit.same(run.weights(), expected)
 
     fresh = settle("model", resume=False)
-    record = {"reference": fresh[0]}
-    _on_one(lambda: [checkpoint.mkdir(parents=True), (checkpoint / "run.json").write_text(json.dumps(record))])
+    record = json.dumps({"reference": fresh[0], "identity": {}})
+    _on_one(lambda: [checkpoint.mkdir(parents=True), (checkpoint / "run.json").write_text(record)])
+    _on_one(lambda: manifest.complete(checkpoint, {}))
     found: dict[str, object] = {"fresh": fresh, "resumed": settle("other", resume=True)}
     found["elsewhere"] = settle("other", resume=True, where=root / "branch")[1], (root / "branch/reference").is_dir()
     _on_one(lambda: _flip(_shard(log_dir / "reference")))
