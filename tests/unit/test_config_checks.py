@@ -74,7 +74,7 @@ CASES = [
     (["model.peft.peft_scheme=ia3"], 1, "model.peft.peft_scheme=ia3 is not one of none, lora"),
     (["model.peft.restore_from_path=x"], 1, "model.peft.restore_from_path needs model.peft.peft_scheme=lora"),
     ([*LORA, "model.kto.reference=swap"], 1, "takes base + an earlier adapter as the reference: set model.peft.rest"),
-    ([*LORA, "model.kto.reference_from_path=x"], 1, "model.kto.reference_from_path with LoRA: the reference is the"),
+    ([*LORA, "model.kto.reference_from_path=/"], 1, "model.kto.reference_from_path with LoRA: the reference is the"),
     ([*LORA, f"{TUNING}.target_modules=[q_proj]"], 1, f"{TUNING}.target_modules=['q_proj']: choose some of attention"),
     ([*LORA, f"{TUNING}.target_modules=[]"], 1, f"{TUNING}.target_modules=[]: choose some of attention_qkv"),
     ([*LORA, f"{TUNING}.adapter_dim=0"], 1, f"{TUNING}.adapter_dim=0 must be at least 1"),
