@@ -163,8 +163,13 @@ RANKS = {
 """Seven commands start ranks in this file, with the two below."""
 
 
+FAST = ("cut weights", "flipped bit")
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", RANKS)
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RANKS]
+)
 def test_two_ranks_say_it_once_and_end(name, here, tmp_path):
     bad = RANKS[name]
     before = {path: found for path, found in files_of(here).items() if f"{STEP}/" in path}
@@ -190,7 +195,7 @@ if os.environ.get("RANK") == "1":
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("how", ["killed", "raises"])
+@pytest.mark.parametrize("how", ["killed", pytest.param("raises", marks=pytest.mark.slow)])
 def test_a_rank_that_fails_takes_the_others_down(how, here, tmp_path):
     out = tmp_path / "run"
     (tmp_path / "sitecustomize.py").write_text(FAILS_ON_RANK_1.format(metrics=str(out / "metrics.jsonl"), how=how))

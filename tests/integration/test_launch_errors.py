@@ -107,6 +107,7 @@ def test_ranks_whose_launcher_was_killed_save_and_end(root):
     assert run.checkpoints == [run.last_step], run.log
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_is_not_lost(root):
     """It may come while packages are imported; the ranks heed it as soon as they can stop together."""
     with LiveRun(root, "early") as run:

@@ -151,6 +151,7 @@ def test_changes_that_are_wanted_train_on_with_a_warning(here):
     assert json.loads((run.out / "checkpoints/step-000008/run.json").read_text())["identity"]["model.seed"] == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_is_the_same_or_of_an_older_version_goes_on(here):
     """What may change has changed; and a checkpoint that does not tell is a warning."""
     shutil.copytree(here / "run", here / "older")

@@ -58,6 +58,7 @@ def _transformers_logps(model_dir: Path, data: Path) -> list[float]:
     return sums
 
 
+@pytest.mark.slow
 def test_scores_equal_transformers_alone_and_sharded(places: dict[str, Path]) -> None:
     summary = places["root"] / "summary.json"
     reference = ("--reference", str(places["reference"]))

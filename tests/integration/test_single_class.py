@@ -16,6 +16,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_files(tmp_path_factory.mktemp("single_class"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("label", "absent"), [("chosen", "rejected"), pytest.param("rejected", "chosen", marks=pytest.mark.slow)]
 )
