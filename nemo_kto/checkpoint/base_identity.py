@@ -12,8 +12,6 @@ from nemo_kto.config.locate import is_megatron_checkpoint
 from nemo_kto.distributed.collectives import raise_together
 from nemo_kto.errors import CheckpointError
 
-_CHUNK = 1 << 22  # bytes
-
 
 def base_identity(path: str | Path) -> str:
     """SHA-256 over the weight files of a model directory, by name and content.
@@ -32,7 +30,9 @@ def base_identity(path: str | Path) -> str:
             mine = {name: record.sha256 for name, record in manifest.read(folder).items() if Path(name).match(pattern)}
         else:
             files = sorted(folder.glob(pattern))
-            mine = {file.name: _sha256(file) for file in files[dist.get_rank() :: dist.get_world_size()]}
+            mine = {
+                file.name: manifest.record(file).sha256 for file in files[dist.get_rank() :: dist.get_world_size()]
+            }
     except OSError as problem:
         error = CheckpointError(f"{folder} cannot be read: {problem}")
     raise_together(error, dist.group.WORLD)
@@ -40,11 +40,3 @@ def base_identity(path: str | Path) -> str:
     dist.all_gather_object(everyone, mine)
     found = sorted({name: digest for part in everyone for name, digest in part.items()}.items())
     return hashlib.sha256(repr(found).encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(_CHUNK):
-            digest.update(block)
-    return digest.hexdigest()

@@ -33,7 +33,7 @@ def settle(path: Path) -> FileRecord:
     """
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return _record(path)
+    return record(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -133,10 +133,15 @@ def identity(folder: Path) -> str:
         CheckpointError: there is no manifest.
     """
     read(folder)
-    return _record(folder / MANIFEST).sha256
+    return record(folder / MANIFEST).sha256
 
 
-def _record(path: Path) -> FileRecord:
+def record(path: Path) -> FileRecord:
+    """Length and checksum of a file as it is now.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
@@ -153,7 +158,7 @@ def _compare(folder: Path, name: str, wanted: FileRecord) -> list[str]:
         size = path.stat().st_size
         if size != wanted.bytes:
             return [f"{path} has {size} bytes, not {wanted.bytes}"]
-        return [] if _record(path) == wanted else [f"{path} has changed since it was written"]
+        return [] if record(path) == wanted else [f"{path} has changed since it was written"]
     except FileNotFoundError:
         return [f"{path} is missing"]
     except OSError as error:

@@ -76,6 +76,38 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
         return [torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(world_size)]
 
 
+class Worlds:
+    """Worlds of ranks, each spawned when it is first asked for, and only then; one that failed fails again.
+
+    Args:
+        fn: called as ``fn(rank, world_size, *args)``.
+        *args: picklable.
+        timeout: as of :func:`run_ranks`.
+    """
+
+    def __init__(self, fn: Callable[..., Any], *args: Any, timeout: float) -> None:
+        self._fn, self._args, self._timeout = fn, args, timeout
+        self._outcomes: dict[int, list[Any] | RankError] = {}
+
+    def __call__(self, world_size: int) -> list[Any]:
+        """What each rank returned, by rank.
+
+        Raises:
+            RankError: as :func:`run_ranks`.
+        """
+        if world_size not in self._outcomes:
+            try:
+                self._outcomes[world_size] = run_ranks(
+                    world_size, self._fn, world_size, *self._args, timeout=self._timeout
+                )
+            except RankError as error:
+                self._outcomes[world_size] = error
+        outcome = self._outcomes[world_size]
+        if isinstance(outcome, RankError):
+            raise outcome
+        return outcome
+
+
 def _rank_main(
     rank: int, world_size: int, folder: Path, deadline: float, fn: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:

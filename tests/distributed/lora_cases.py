@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from lora_runs import LORA_ADAM, LORA_SGD, STEPS, LoraJob
-from test_trajectory import DIST, FULL, OVERLAP, SELECTIVE, SEQUENCE
+from test_trajectory import DIST, FULL, OVERLAP, SELECTIVE, SEQUENCE, layout_words
 
 RECIPES = {
     "sgd": LORA_SGD,
@@ -33,13 +33,7 @@ class Case:
     steps: int = STEPS
 
     def overrides(self, root: Path) -> list[str]:
-        return [
-            *RECIPES[self.recipe].overrides(root),
-            f"model.tensor_model_parallel_size={self.tp}",
-            f"model.pipeline_model_parallel_size={self.pp}",
-            f"model.micro_batch_size={self.micro}",
-            *self.extra,
-        ]
+        return [*RECIPES[self.recipe].overrides(root), *layout_words(self.tp, self.pp, self.micro), *self.extra]
 
 
 CASES = {

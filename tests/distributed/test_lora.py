@@ -15,7 +15,7 @@ from typing import Any
 import lora_state_cases as state
 import pytest
 import torch
-from harness import RankError, run_ranks
+from harness import Worlds
 from lora_cases import CASES, RECIPES, WITHOUT_ORACLE, run_case
 from lora_oracle import Outcome, run_lora_oracle, write_earlier
 from lora_runs import APART, make_lora_files
@@ -52,24 +52,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def brought(root: Path) -> Callable[[int, str], list[Any]]:
-    """What each rank returned for a case of a world, which runs when it is first asked for, and only then.
-
-    The others read checkpoints that two ranks write.
-    """
-
-    @cache
-    def outcome(world: int) -> list[dict] | RankError:
-        try:
-            return run_ranks(world, run_world, world, root, timeout=550)
-        except RankError as error:
-            return error
+    """What each rank returned for a case of a world. The others read checkpoints that two ranks write."""
+    worlds = Worlds(run_world, root, timeout=550)
 
     def found(world: int, name: str) -> list[Any]:
-        for needed in (2, world):
-            ranks = outcome(needed)
-            if isinstance(ranks, RankError):
-                raise ranks
-        return of(ranks, name)
+        worlds(2)
+        return of(worlds(world), name)
 
     return found
 

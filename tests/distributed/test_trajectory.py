@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from harness import RankError, run_ranks
+from harness import Worlds
 from trajectory import ADAM, GRADIENT, PAPER, SGD, Job, make_files
 
 pytestmark = pytest.mark.distributed
@@ -47,6 +46,15 @@ HALVED = (
 SCORE_4 = "model.kto.log_prob_forward_micro_batch_size=4"
 
 
+def layout_words(tp: int, pp: int, micro: int) -> list[str]:
+    """The command line's words for how a recipe is computed."""
+    return [
+        f"model.tensor_model_parallel_size={tp}",
+        f"model.pipeline_model_parallel_size={pp}",
+        f"model.micro_batch_size={micro}",
+    ]
+
+
 @dataclass(frozen=True)
 class Case:
     recipe: str
@@ -56,13 +64,7 @@ class Case:
     extra: tuple[str, ...] = ()
 
     def overrides(self, root: Path) -> list[str]:
-        return [
-            *RECIPES[self.recipe].overrides(root),
-            f"model.tensor_model_parallel_size={self.tp}",
-            f"model.pipeline_model_parallel_size={self.pp}",
-            f"model.micro_batch_size={self.micro}",
-            *self.extra,
-        ]
+        return [*RECIPES[self.recipe].overrides(root), *layout_words(self.tp, self.pp, self.micro), *self.extra]
 
 
 CASES = {
@@ -188,22 +190,9 @@ def oracles(root: Path) -> dict[str, Oracle]:
 
 @pytest.fixture(scope="module")
 def brought(root: Path) -> Callable[[int, str], list[dict]]:
-    """What each rank returned for a case of a world, which runs when it is first asked for, and only then."""
-
-    @cache
-    def outcome(world: int) -> list[dict] | RankError:
-        try:
-            return run_ranks(world, run_world, world, root, timeout=500)
-        except RankError as error:
-            return error
-
-    def of(world: int, name: str) -> list[dict]:
-        ranks = outcome(world)
-        if isinstance(ranks, RankError):
-            raise ranks
-        return [rank[name] for rank in ranks]
-
-    return of
+    """What each rank returned for a case of a world."""
+    worlds = Worlds(run_world, root, timeout=500)
+    return lambda world, name: [rank[name] for rank in worlds(world)]
 
 
 def joined(ranks: list[dict], key: str) -> dict[str, torch.Tensor]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,9 +78,11 @@ def _without(start: str) -> Callable[[Files], object]:
     return lambda files: [files.pop(name) for name in list(files) if name.startswith(start)]
 
 
+ABSOLUTE = str(Path(tempfile.gettempdir()) / f"nemo_kto_evil_{os.getpid()}")
+"""Where a hostile member would go; nothing else makes this file."""
 EDITS: dict[str, tuple[Callable[[Files], object], tuple[str, ...]]] = {
     "upwards": (lambda files: files.update({"../evil": b"x"}), ("../evil",)),
-    "absolute": (lambda files: files.update({"/tmp/nemo_kto_evil": b"x"}), ("/tmp/nemo_kto_evil",)),
+    "absolute": (lambda files: files.update({ABSOLUTE: b"x"}), (ABSOLUTE,)),
     "symlink": (lambda files: files.update(link=_link(tarfile.SYMTYPE, "/etc/passwd")), ("link",)),
     "hardlink": (lambda files: files.update(link=_link(tarfile.LNKTYPE, "../x")), ("link",)),
     "device": (lambda files: files.update(link=_link(tarfile.CHRTYPE, "")), ("link",)),

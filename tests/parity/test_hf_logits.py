@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_kto import launch
 from nemo_kto.checkpoint.hf_export import copy_companions, export_hf, plan
 from nemo_kto.checkpoint.hf_load import load_hf
 from nemo_kto.config.architecture import read_architecture, to_hf_config
@@ -24,13 +23,6 @@ FP32_TOLERANCE = 1e-4
 same kernels usually give 0. Anything wrong with the mathematics shows as 1e-2 and more (see the negative controls)."""
 PACKED_TOLERANCE = 1e-5
 """Hidden states are about 1; fp32 GEMM rows move by up to 3e-6 with the number of rows (measured, design.md)."""
-
-
-@pytest.fixture(scope="module")
-def groups():
-    torch.set_num_threads(1)
-    yield launch.start(1, 1)
-    launch.shutdown()
 
 
 @pytest.fixture(scope="module")

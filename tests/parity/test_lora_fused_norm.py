@@ -12,7 +12,6 @@ import torch
 from peft_kit import TOKENS, megatron_logits, network, off
 from torch import nn
 
-from nemo_kto import launch
 from nemo_kto.config.lora import LoraSpec
 from nemo_kto.gpt import lora
 
@@ -37,13 +36,6 @@ class LayerNormLinear(nn.Module):
     def forward(self, x: torch.Tensor):
         scale = x.float().square().mean(-1, keepdim=True).add(self.eps).rsqrt()
         return self.linear((x.float() * scale * (self.layer_norm_weight + int(self.zero_centered_gamma))).to(x.dtype))
-
-
-@pytest.fixture(scope="module")
-def groups():
-    torch.set_num_threads(1)
-    yield launch.start(1, 1)
-    launch.shutdown()
 
 
 def fuse(chunk, *, zero_centered: bool) -> None:

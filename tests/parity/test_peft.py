@@ -10,7 +10,6 @@ import pytest
 import torch
 from peft_kit import adapted, base_logits, loaded_by_peft, logits_of, megatron_logits, network, off, save, write_peft
 
-from nemo_kto import launch
 from nemo_kto.checkpoint.adapters import adapter_spec, add_adapters
 from nemo_kto.checkpoint.hf_export import export_hf
 from nemo_kto.checkpoint.peft_export import export_peft
@@ -47,13 +46,6 @@ INCOMING = {
         "alpha_pattern": {"v_proj": 4, "down_proj": 12},
     },
 }
-
-
-@pytest.fixture(scope="module")
-def groups():
-    torch.set_num_threads(1)
-    yield launch.start(1, 1)
-    launch.shutdown()
 
 
 @pytest.fixture(scope="module")

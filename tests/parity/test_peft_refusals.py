@@ -12,7 +12,6 @@ import torch
 from peft_kit import network, write_peft
 from safetensors.torch import load_file, save_file
 
-from nemo_kto import launch
 from nemo_kto.checkpoint.adapters import add_adapters
 from nemo_kto.errors import CheckpointError
 
@@ -35,13 +34,6 @@ WRONG_CONFIGS = {
     "layers": ({"layers_to_transform": "last"}, "layers_to_transform"),
     "feature of tomorrow": ({"use_magic": True}, "use_magic"),
 }
-
-
-@pytest.fixture(scope="module")
-def groups():
-    torch.set_num_threads(1)
-    yield launch.start(1, 1)
-    launch.shutdown()
 
 
 @pytest.fixture(scope="module")
