@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nemo_kto.checkpoint import manifest
+from nemo_kto.config import manifest
 from nemo_kto.config.locate import is_megatron_checkpoint
 from nemo_kto.distributed.collectives import raise_together
 from nemo_kto.errors import CheckpointError

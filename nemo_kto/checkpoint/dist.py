@@ -15,11 +15,11 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
-from nemo_kto.checkpoint import manifest
 from nemo_kto.checkpoint.metadata import check_metadata
 from nemo_kto.checkpoint.saving import ESSENTIAL, CheckpointWriter, Contents
 from nemo_kto.checkpoint.sharded import Part, sharded_state, take_over, tensor_keys
 from nemo_kto.checkpoint.together import on_all_ranks
+from nemo_kto.config import manifest
 from nemo_kto.config.adapter_record import holds_adapters
 from nemo_kto.config.locate import is_megatron_checkpoint
 from nemo_kto.distributed.collectives import raise_together

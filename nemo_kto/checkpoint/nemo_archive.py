@@ -17,9 +17,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO
 
-from nemo_kto.checkpoint import manifest
-from nemo_kto.checkpoint.manifest import MANIFEST, FileRecord
 from nemo_kto.checkpoint.tar import Member, TarReader
+from nemo_kto.config import manifest
+from nemo_kto.config.manifest import MANIFEST, FileRecord
 from nemo_kto.errors import CheckpointError
 
 _FORMAT = 1  # of the manifest

@@ -13,12 +13,12 @@ from typing import Any
 
 from nemo_kto.checkpoint import nemo_config
 from nemo_kto.checkpoint.hf_export import copy_companions
-from nemo_kto.checkpoint.manifest import MANIFEST
 from nemo_kto.checkpoint.nemo_tokenizer import settle_tokenizer
 from nemo_kto.checkpoint.nemo_weights import FILE, check_distributed, rank_files, to_safetensors
 from nemo_kto.checkpoint.unpacking import Records, unpack
 from nemo_kto.config.architecture import Architecture, read_architecture, to_hf_config
 from nemo_kto.config.locate import HF_SUBDIR
+from nemo_kto.config.manifest import MANIFEST
 from nemo_kto.errors import CheckpointError
 
 WEIGHTS = "model_weights"

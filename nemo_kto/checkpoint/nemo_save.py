@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch import nn
 
 from nemo_kto.checkpoint import nemo_config
-from nemo_kto.checkpoint.manifest import MANIFEST
 from nemo_kto.checkpoint.nemo_archive import pack
 from nemo_kto.checkpoint.nemo_model import WEIGHTS
 from nemo_kto.checkpoint.saving import CheckpointWriter, Contents
 from nemo_kto.checkpoint.together import on_first_rank
 from nemo_kto.config.architecture import Architecture
 from nemo_kto.config.locate import HF_SUBDIR
+from nemo_kto.config.manifest import MANIFEST
 from nemo_kto.distributed.groups import ParallelGroups
 
 

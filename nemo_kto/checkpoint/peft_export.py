@@ -12,7 +12,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from safetensors.torch import save_file
 
 from nemo_kto.checkpoint.dist import damages
-from nemo_kto.checkpoint.manifest import MANIFEST
 from nemo_kto.checkpoint.metadata import check_metadata
 from nemo_kto.checkpoint.peft_files import shapes, split
 from nemo_kto.checkpoint.sharded import adapter_key
@@ -20,6 +19,7 @@ from nemo_kto.checkpoint.together import on_all_ranks
 from nemo_kto.config.adapter_record import AdapterRecord, read_record
 from nemo_kto.config.architecture import Architecture
 from nemo_kto.config.lora import LoraSpec
+from nemo_kto.config.manifest import MANIFEST
 from nemo_kto.config.peft_dir import CONFIG, PROJECTIONS, WEIGHTS
 from nemo_kto.errors import CheckpointError
 

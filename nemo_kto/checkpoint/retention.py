@@ -8,7 +8,7 @@ import math
 import shutil
 from pathlib import Path
 
-from nemo_kto.checkpoint import manifest
+from nemo_kto.config import manifest
 from nemo_kto.config.locate import checkpoint_steps
 
 LATEST = "latest_checkpoint.txt"

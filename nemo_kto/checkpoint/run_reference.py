@@ -11,10 +11,10 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import nn
 
-from nemo_kto.checkpoint import manifest
 from nemo_kto.checkpoint.dist import damages, load_model
 from nemo_kto.checkpoint.saving import CheckpointWriter, Contents
 from nemo_kto.checkpoint.together import on_first_rank
+from nemo_kto.config import manifest
 from nemo_kto.config.resume import run_record
 from nemo_kto.distributed.groups import ParallelGroups
 from nemo_kto.errors import CheckpointError

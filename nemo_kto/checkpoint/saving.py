@@ -24,12 +24,13 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
 from nemo_kto import interrupts
-from nemo_kto.checkpoint import manifest, random_state
+from nemo_kto.checkpoint import random_state
 from nemo_kto.checkpoint.hf_export import copy_companions
-from nemo_kto.checkpoint.manifest import FileRecord
 from nemo_kto.checkpoint.sharded import Part, sharded_state
 from nemo_kto.checkpoint.together import on_all_ranks, on_first_rank
+from nemo_kto.config import manifest
 from nemo_kto.config.locate import HF_SUBDIR
+from nemo_kto.config.manifest import FileRecord
 from nemo_kto.distributed.groups import ParallelGroups
 from nemo_kto.errors import CheckpointError
 from nemo_kto.gpt.live import parameters_settled, require_policy

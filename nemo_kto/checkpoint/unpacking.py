@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nemo_kto.checkpoint import manifest
-from nemo_kto.checkpoint.manifest import FileRecord
 from nemo_kto.checkpoint.nemo_archive import extract, opened
+from nemo_kto.config import manifest
+from nemo_kto.config.manifest import FileRecord
 from nemo_kto.errors import CheckpointError
 
 Records = dict[str, FileRecord]

@@ -179,6 +179,8 @@ def _to_peft(args: argparse.Namespace) -> int:
 
 def _merged(args: argparse.Namespace) -> int:
     base = args.base or Path(read_record(args.input).base)
+    if not base.is_dir():
+        raise CheckpointError(f"{base}, the base model of {args.input}, is not there: name it with --base")
     return _export(args, base, adapters=args.input)
 
 

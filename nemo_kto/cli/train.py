@@ -120,7 +120,7 @@ def _check(config: Config) -> None:
 
 
 def _check_adapters(config: Config, arch: Architecture) -> None:
-    """Whether adapters that a run starts from exist, and every pipeline stage has some."""
+    """Whether every pipeline stage has adapters, and those that the run starts from are the ones it describes."""
     from nemo_kto.config.adapter_record import read_record
     from nemo_kto.config.lora import check_layers, lora_spec
     from nemo_kto.config.peft_dir import is_peft_directory, read_adapters
@@ -129,12 +129,9 @@ def _check_adapters(config: Config, arch: Architecture) -> None:
     if spec is None:
         return
     check_layers(spec, arch.num_layers, config.model.pipeline_model_parallel_size)
-    if start is None:
-        return
-    if is_peft_directory(start):
-        read_adapters(start)
-    else:
-        read_record(start).spec.check_same(spec, start)
+    if start is not None:
+        found = read_adapters(start).spec() if is_peft_directory(start) else read_record(start).spec
+        found.check_same(spec, start)
 
 
 def _check_same_network(config: Config, policy: Architecture) -> None:
@@ -180,7 +177,6 @@ def _read_data(config: Config) -> RunData:
 
 def _train(config: Config, data: RunData, world: World) -> int:
     from nemo_kto import cpu_backend
-    from nemo_kto.config.log_dir import claim
     from nemo_kto.quiet import quiet_nemo
 
     # one queue per device keeps Megatron's overlapped collectives in order; must be set before CUDA starts
@@ -188,7 +184,6 @@ def _train(config: Config, data: RunData, world: World) -> int:
     _check_accelerator(config.trainer.accelerator, on_cpu=cpu_backend.install())
     quiet_nemo()
     if world.rank == 0:
-        claim(Path(config.exp_manager.explicit_log_dir))
         _announce(config, data, world)
     from nemo_kto.launch import shutdown
     from nemo_kto.training.trainer import fit

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from nemo_kto.config.locate import checkpoint_steps
+from nemo_kto.config.manifest import MANIFEST
 from nemo_kto.errors import ConfigError
 
 CONFIG_HEADER = "# The resolved config of a nemo_kto run, written at every start.\n"
@@ -51,7 +52,7 @@ def _refuse_foreign(log_dir: Path, key: str) -> None:
     if checkpoint_steps(log_dir):
         return
     reference, config = log_dir / _REFERENCE, log_dir / _CONFIG
-    if reference.is_dir() and any(reference.iterdir()) and not (reference / "manifest.json").is_file():
+    if reference.is_dir() and any(reference.iterdir()) and not (reference / MANIFEST).is_file():
         raise ConfigError(
             f"{key}: a run keeps its reference policy in {reference}, which is not of a run: name another directory"
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_kto.config.lora import LoraSpec
 from nemo_kto.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
@@ -44,6 +45,15 @@ class PeftAdapters:
     ranks: Mapping[str, int]
     scale: float
     layers: tuple[int, ...] | None
+
+    def spec(self) -> LoraSpec:
+        """The adapters on Megatron's layers, as far as is known without weights: at the nominal rank."""
+        ranks = {
+            linear: self.rank
+            for linear, names in PROJECTIONS.items()
+            if any(name.rsplit(".", 1)[1] in self.ranks for name in names)
+        }
+        return LoraSpec(self.rank, ranks, self.scale, self.layers)
 
 
 def is_peft_directory(path: str | Path) -> bool:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_kto.config import manifest
 from nemo_kto.config.identity import BATCH_SIZE, differences
 from nemo_kto.config.locate import resume_path
 from nemo_kto.config.schema import Config
-from nemo_kto.errors import ConfigError
+from nemo_kto.errors import CheckpointError, ConfigError
 
-_MANIFEST = "manifest.json"  # its form is the checkpoint package's; here one checksum is enough
 RECORD = "run.json"
 """File of a checkpoint that tells, without torch, what its run was: ``identity``, ``reference`` and counters."""
 
@@ -63,13 +62,13 @@ def run_record(checkpoint: Path) -> dict[str, Any]:
     """
     for path in (checkpoint, *sorted(checkpoint.parent.glob("step-*"), reverse=True)):
         try:
-            data = (path / RECORD).read_bytes()
-            files = json.loads((path / _MANIFEST).read_bytes())["files"]
-            record = json.loads(data)
-        except (OSError, ValueError, KeyError, TypeError):
+            wanted = manifest.read(path).get(RECORD)
+            if wanted is None or manifest.record(path / RECORD) != wanted:
+                continue
+            record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        except (CheckpointError, OSError, ValueError):
             continue
-        is_as_written = files.get(RECORD, {}).get("sha256") == hashlib.sha256(data).hexdigest()
-        if is_as_written and isinstance(record, dict) and isinstance(record.get("identity"), dict):
+        if isinstance(record, dict) and isinstance(record.get("identity"), dict):
             return record
     return {}
 

@@ -14,7 +14,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from nemo_kto.checkpoint.retention import Retention
 from nemo_kto.config.load import to_yaml
 from nemo_kto.config.locate import newest_checkpoint, resume_path
-from nemo_kto.config.log_dir import write_config
+from nemo_kto.config.log_dir import claim, write_config
 from nemo_kto.config.schema import Config, ExpManagerConfig, KTOLoopConfig
 from nemo_kto.config.world import World
 from nemo_kto.distributed.join import Timeouts
@@ -46,6 +46,7 @@ def fit(config: Config, data: RunData, world: World) -> Path | None:
     """Train, and return the newest checkpoint's directory; None where checkpoints are off.
 
     Raises:
+        ConfigError: another run is in its directory, or that cannot be written.
         StoppedEarlyError: a signal or ``max_time_per_run`` ended the run before its last step; it can be resumed.
         CheckpointError: there is nothing to resume from, it cannot be read, or the last checkpoint cannot be written.
     """
@@ -53,6 +54,7 @@ def fit(config: Config, data: RunData, world: World) -> Path | None:
     resume_from = resume_path(config.exp_manager)
     trainer = build_trainer(config, data, world)
     if trainer.is_global_zero:
+        claim(log_dir)
         write_config(log_dir, to_yaml(config))
     model = MegatronGPTKTOModel(config, trainer, data)
     try:

@@ -231,7 +231,8 @@ def saving_errors(rank: int, root: Path) -> dict[str, tuple[str, str]]:
 
 def killed_save(rank: int, root: Path, moment: str) -> None:
     """Save twice; the second time this process is killed at the given moment."""
-    from nemo_kto.checkpoint import manifest, saving
+    from nemo_kto.checkpoint import saving
+    from nemo_kto.config import manifest
 
     run = Run(Setup(), root / "tied")
     run.train(1)

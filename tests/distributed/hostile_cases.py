@@ -61,7 +61,8 @@ KINDS: dict[str, Callable[[Path, Path], None]] = {
 
 def hostile(rank: int, root: Path) -> dict[str, tuple[str, str, bool]]:
     """The error of each, and whether its code ran; weights alone, and a whole run's state."""
-    from nemo_kto.checkpoint import dist, manifest
+    from nemo_kto.checkpoint import dist
+    from nemo_kto.config import manifest
 
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # some set it for other programs
     run = Run(Setup(), root / "model")

@@ -164,10 +164,10 @@ def _in_the_way(write: Callable[..., None], draft: Path, *rest: object) -> None:
 
 def reference(rank: int, root: Path) -> dict[str, object]:
     """A run keeps its reference; a resumed run takes that one, or says why it cannot."""
-    from nemo_kto.checkpoint import manifest
     from nemo_kto.checkpoint.run_reference import RunReference
     from nemo_kto.checkpoint.saving import Contents
     from nemo_kto.checkpoint.weights import load_weights
+    from nemo_kto.config import manifest
 
     run = Run(Setup(tp=2), root / "other", reference=root / "model")
     log_dir = root / "kept"

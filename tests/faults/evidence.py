@@ -9,8 +9,8 @@ from typing import Any
 
 import runs
 
-from nemo_kto.checkpoint import manifest
 from nemo_kto.checkpoint.retention import LATEST
+from nemo_kto.config import manifest
 from nemo_kto.config.locate import checkpoint_steps
 from nemo_kto.errors import CheckpointError
 

@@ -118,3 +118,40 @@ def test_a_signal_before_the_first_step_is_not_lost(root):
     assert len(run.errors) == 1
     assert run.errors[0].startswith("error: stopped by SIGTERM "), run.log
     assert training_lines(run.out) == []
+
+
+@pytest.mark.slow
+def test_a_directory_is_one_runs(root):
+    """The second is refused, and the first goes on as if nobody had come."""
+    with LiveRun(root, "shared") as run:
+        run.until(lambda: _training(run))
+        with LiveRun(root, "shared") as second:
+            assert second.end(120) == CONFIG, second.log
+        assert len(second.errors) == 1
+        assert re.match(r"error: \S+=shared is in use by another run \(process \d+ on \S+\): let it", second.errors[0])
+        done = run.last_step
+        run.until(lambda: run.last_step > done)
+        send(run.process.pid, signal.SIGTERM)
+        assert run.end(120) == STOPPED, run.log
+    assert run.checkpoints[-1] == run.last_step
+    assert [line["step"] for line in training_lines(run.out)] == list(range(1, run.last_step + 1))
+
+
+@pytest.mark.slow
+def test_a_killed_data_worker_is_one_message(root):
+    """As where memory runs out."""
+    with LiveRun(root, "worker", "trainer.devices=1", "model.data.num_workers=1") as run:
+        run.until(lambda: _training(run))
+        send(max(pid for pid in run.processes if b"forkserver" in _command(pid)), signal.SIGKILL)
+        assert run.end(60) == 1, run.log
+    assert len(run.errors) == 1, run.log
+    assert "error: a process that builds batches died (DataLoader worker (pid" in run.log
+    assert "lower model.data.num_workers (now 1; 0 builds them in the training process)" in run.log
+    assert "Traceback" not in run.log
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""

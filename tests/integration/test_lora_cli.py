@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 import tiny
 import torch
 from bad_cases import LAUNCHER
+from safetensors.torch import load_file
 from train_runs import Run, train
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -149,6 +152,8 @@ def said(runs, root) -> dict[str, bad_session.Done]:
         "whole model": ["convert", "megatron-to-hf", "--input", "megatron", "--output", "x", "--merge"],
         "to megatron": ["convert", "hf-to-megatron", "--input", "model", "--output", "megatron"],
         "other base to score": ["score", "--model", "other", "--adapter", step, *data, "--out", "d.jsonl"],
+        "lost base": [*convert, "x", "--merge", "--base", "nowhere"],
+        "other peft": ["train", *given, new, "model.peft.restore_from_path=peft", f"{TUNING}.alpha=4"],
         "both": ["score", "--model", "model", "--adapter", step, "--reference", "model", *data, "--out", "d.jsonl"],
         "no base": ["train", *given, new, f"pretrained_checkpoint.restore_from_path={step}"],
         "other base": ["train", *given, "pretrained_checkpoint.restore_from_path=other", "trainer.kto.max_steps=9"],
@@ -173,11 +178,26 @@ def test_exports_and_scores_agree(said, root):
     assert metrics[0]["rewards/margins"] != 0.0, "it starts from the adapters"
 
 
+def test_two_ranks_merge_the_same(said, root):
+    """Each its own shard, without exchange: whole rows of B by whole columns of A."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "nemo_kto.cli.main", "convert", "megatron-to-hf", "--merge", "--tensor-parallel", "2"]
+    command += ["--input", f"alone/{STEP}", "--output", "merged2"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(root / name / "model.safetensors") for name in ("merged", "merged2"))
+    assert one.keys() == two.keys()
+    # sums of four products, in whatever order a kernel takes for the width that it is given
+    assert all((one[name] - two[name]).abs().max() < 1e-6 for name in one)
+
+
 REFUSED = {
     "neither": (2, "holds LoRA adapters: --adapter writes them for PEFT, --merge writes base + adapters"),
     "other base to merge": (3, "belong to other base weights (then model, SHA-256 "),
     "whole model": (2, "megatron is a whole model: --adapter, --merge and --base are for LoRA runs"),
     "other base to score": (3, "give the model they were trained on"),
+    "lost base": (3, "nowhere, the base model of alone/checkpoints/step-000006, is not there: name it with --base"),
+    "other peft": (2, "does not describe the adapters of peft: set target_modules=[attention_qkv,"),
     "both": (2, "--adapter and --reference exclude each other"),
     "no base": (2, "holds adapters alone: give their base model there"),
     "other base": (3, "moved/checkpoints/step-000006 belong to other base weights"),

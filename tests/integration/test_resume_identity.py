@@ -13,8 +13,8 @@ import tiny
 from command_line import read_metrics
 from train_runs import train
 
-from nemo_kto.checkpoint import manifest
 from nemo_kto.cli.main import main
+from nemo_kto.config import manifest
 from nemo_kto.config.locate import checkpoint_steps
 
 pytestmark = pytest.mark.integration
@@ -36,6 +36,7 @@ def here(tmp_path_factory, tiny_llama) -> Path:
     for seed, name in enumerate(("train", "more", "heldout", "other")):
         tiny.make_records(here / f"{name}.jsonl", 10, seed)
     train(here, "run", *WORDS)
+    shutil.copytree(here / "run", here / "apart")
     other = shutil.copytree(here / "model", here / "other_tokenizer") / "tokenizer_config.json"
     other.write_text(other.read_text().replace("<|im_end|>", "<|im_start|>"))
     config = shutil.copytree(here / "model", here / "other_network") / "config.json"
@@ -149,6 +150,19 @@ def test_changes_that_are_wanted_train_on_with_a_warning(here):
     assert [(line["step"], line["consumed_samples"]) for line in lines] == [(7, 14), (8, 16)]
     # the record is of the run as it is now: it needs no override any more
     assert json.loads((run.out / "checkpoints/step-000008/run.json").read_text())["identity"]["model.seed"] == 1
+
+
+@pytest.mark.slow
+def test_the_optimizer_takes_the_settings_it_is_given_now(here):
+    """They are free to change, so a checkpoint must not put its own back. Two ways from one checkpoint."""
+    words = [word for word in WORDS if "max_steps" not in word and "save_interval" not in word]
+    words += ["trainer.kto.max_steps=5", "trainer.kto.save_interval=100"]
+    lines = {}
+    for name, betas in (("as_before", "[0.9,0.98]"), ("other_betas", "[0.5,0.6]")):
+        shutil.copytree(here / "apart", here / name)
+        lines[name] = train(here, name, *words, f"model.optim.betas={betas}").training
+    assert lines["as_before"][3] == lines["other_betas"][3], "before the first update after the checkpoint"
+    assert lines["as_before"][4]["loss"] != lines["other_betas"][4]["loss"]
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_kto.checkpoint import manifest
+from nemo_kto.config import manifest
 from nemo_kto.errors import CheckpointError
 
 CONTENTS = {"run.json": b"{}", "__0_0.distcp": b"weights", "hf/config.json": b'{"vocab_size": 1}', "empty": b""}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from data_kit import char_tokenizer, data_config, pair, write_jsonl
 
+from nemo_kto.config import manifest
 from nemo_kto.config.architecture import Architecture, RopeScaling
 from nemo_kto.config.identity import FileDigests, differences, identity
 from nemo_kto.config.load import load_config
@@ -171,10 +171,8 @@ def checkpoint(log_dir: Path, record, step: int = 3) -> Path:
     folder.mkdir(parents=True)
     (folder / "metadata.json").write_text("{}")
     if record is not None:
-        text = record if isinstance(record, str) else json.dumps(record)
-        (folder / RECORD).write_text(text)
-        files = {RECORD: {"sha256": hashlib.sha256(text.encode()).hexdigest()}}
-        (folder / "manifest.json").write_text(json.dumps({"files": files}))
+        (folder / RECORD).write_text(record if isinstance(record, str) else json.dumps(record))
+        manifest.complete(folder, {})
     return folder
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from nemo_kto.checkpoint import manifest
+from nemo_kto.config import manifest
 from nemo_kto.errors import CheckpointError
 
 

@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from nemo_kto.checkpoint import manifest
 from nemo_kto.checkpoint.retention import LATEST, Retention
+from nemo_kto.config import manifest
 from nemo_kto.config.locate import checkpoint_steps
 
 
