@@ -123,9 +123,10 @@ def test_a_signal_before_the_first_step_is_not_lost(root):
 @pytest.mark.slow
 def test_a_directory_is_one_runs(root):
     """The second is refused, and the first goes on as if nobody had come."""
-    with LiveRun(root, "shared") as run:
+    words = ("trainer.kto.max_steps=100000", "trainer.kto.max_epochs=100000", "trainer.kto.save_interval=50000")
+    with LiveRun(root, "shared", *words) as run:
         run.until(lambda: _training(run))
-        with LiveRun(root, "shared") as second:
+        with LiveRun(root, "shared", *words) as second:
             assert second.end(120) == CONFIG, second.log
         assert len(second.errors) == 1
         assert re.match(r"error: \S+=shared is in use by another run \(process \d+ on \S+\): let it", second.errors[0])
