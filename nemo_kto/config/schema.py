@@ -159,6 +159,7 @@ class DataConfig:
 
     data_prefix: DataFilesConfig
     seq_length: int
+    packing: bool
     shuffle: bool
     append_eos: bool
     overlong: str

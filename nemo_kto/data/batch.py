@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from nemo_kto.objective.counts import BatchCounts
 
@@ -17,48 +16,131 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Rows:
-    """Right-padded rows of tokens, B rows of S positions, ready for a causal decoder.
+    """Rows of tokens, ready for a causal decoder: padded to one length, or packed one after the other.
+
+    A row is prompt + response without its last token, which predicts nothing; a row with nothing to score is one token.
 
     Attributes:
-        tokens: [B, S] int64, prompt + response, padded on the right with any valid id.
-        labels: [B, S] int64, ``labels[b, t]`` is the token that position t must predict (``tokens[b, t + 1]``) where
-            that token belongs to the response, else ``IGNORE``.
+        tokens: padded: [B, S] int64, any valid id on the right. Packed: [1, T] int64, the B rows one after the other.
+        labels: as ``tokens``: what each position must predict where that is a token of the response, else ``IGNORE``.
+        lengths: None where the rows are padded. Packed: how many of the T positions each row has; they add up to T,
+            and no row attends to another.
     """
 
     tokens: Tensor
     labels: Tensor
+    lengths: tuple[int, ...] | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of rows B."""
+        return self.tokens.size(0) if self.lengths is None else len(self.lengths)
 
     @property
     def response_mask(self) -> Tensor:
-        """[B, S] bool: positions that predict a response token."""
+        """As ``tokens``, bool: positions that predict a response token."""
         return self.labels != IGNORE
+
+    @property
+    def row_of_position(self) -> Tensor:
+        """As ``tokens``, int64: the row, in [0, B), that each position belongs to."""
+        numbers = torch.arange(self.count, device=self.tokens.device)
+        if self.lengths is None:
+            return numbers[:, None].expand_as(self.tokens)
+        lengths = torch.tensor(self.lengths, device=self.tokens.device)
+        return torch.repeat_interleave(numbers, lengths, output_size=self.tokens.size(1))[None]
 
     @property
     def num_response_tokens(self) -> Tensor:
         """[B] int64: scored tokens per row."""
-        return self.response_mask.sum(dim=1)
+        if self.lengths is None:
+            return self.response_mask.sum(dim=1)
+        return torch.bincount(self.row_of_position[self.response_mask], minlength=self.count)
 
     def to(self, device: torch.device) -> Rows:
         """The same rows on ``device``."""
-        return Rows(self.tokens.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
+        tokens, labels = (tensor.to(device, non_blocking=True) for tensor in (self.tokens, self.labels))
+        return replace(self, tokens=tokens, labels=labels)
 
 
-def regroup(rows: Sequence[Rows], size: int) -> list[Rows]:
-    """The same rows in the same order, cut anew into groups of ``size`` and padded to each group's longest row.
+@dataclass(frozen=True)
+class ForwardSize:
+    """How many rows one forward takes.
 
-    Groups that have that size already keep their tensors, padding included, so that a pass over them is bit-equal.
+    Attributes:
+        rows: most rows of a forward, where rows are padded.
+        tokens: most tokens of a forward, where they are packed; None where they are padded.
+        multiple: positions of a forward are a multiple of it (of the tensor-parallel size, under sequence parallelism).
     """
-    if all(r.tokens.size(0) == size for r in rows[:-1]) and (not rows or rows[-1].tokens.size(0) <= size):
-        return list(rows)
-    tokens = [row for r in rows for row in r.tokens]
-    labels = [row for r in rows for row in r.labels]
+
+    rows: int
+    tokens: int | None = None
+    multiple: int = 1
+
+
+def split_rows(rows: Sequence[Rows]) -> list[Rows]:
+    """Every row by itself, padded to nothing: entries of one row each, in order."""
+    pieces: list[Rows] = []
+    for entry in rows:
+        lengths = entry.lengths or [entry.tokens.size(1)] * entry.count
+        tokens, labels = entry.tokens.flatten().split(list(lengths)), entry.labels.flatten().split(list(lengths))
+        for ids, targets in zip(tokens, labels, strict=True):
+            scored = torch.nonzero(targets != IGNORE)
+            length = int(scored[-1]) + 1 if len(scored) else 1
+            pieces.append(Rows(ids[None, :length], targets[None, :length]))
+    return pieces
+
+
+def regroup(rows: Sequence[Rows], size: ForwardSize) -> list[Rows]:
+    """The same rows in the same order, cut anew into entries of ``size``.
+
+    Args:
+        rows: entries of any number of rows.
+        size: of an entry of the result. A single row may exceed it.
+    """
+    groups: list[list[Rows]] = []
+    room = 0
+    for piece in split_rows(rows):
+        length = piece.tokens.size(1) if size.tokens is not None else 1
+        if not groups or length > room:
+            groups.append([])
+            room = size.rows if size.tokens is None else size.tokens
+        groups[-1].append(piece)
+        room -= length
+    join = join_padded if size.tokens is None else join_packed
     return [
-        Rows(
-            pad_sequence(tokens[i : i + size], batch_first=True, padding_value=0),
-            pad_sequence(labels[i : i + size], batch_first=True, padding_value=IGNORE),
-        )
-        for i in range(0, len(tokens), size)
+        join([p.tokens[0] for p in group], [p.labels[0] for p in group], size.multiple) for group in groups
     ]
+
+
+def join_padded(tokens: Sequence[Tensor], labels: Sequence[Tensor], multiple: int, pad_id: int = 0) -> Rows:
+    """One entry of rows that are padded to the longest, and to a multiple of ``multiple``.
+
+    Args:
+        tokens: B tensors [length] int64.
+        labels: the same of labels.
+        multiple: of the padded length.
+        pad_id: any valid token id.
+    """
+    width = _round_up(max(len(ids) for ids in tokens), multiple)
+    joined = Rows(torch.full((len(tokens), width), pad_id), torch.full((len(tokens), width), IGNORE))
+    joined = joined.to(tokens[0].device)
+    for row, (ids, targets) in enumerate(zip(tokens, labels, strict=True)):
+        joined.tokens[row, : len(ids)], joined.labels[row, : len(ids)] = ids, targets
+    return joined
+
+
+def join_packed(tokens: Sequence[Tensor], labels: Sequence[Tensor], multiple: int, pad_id: int = 0) -> Rows:
+    """One entry of rows one after the other; see :func:`join_padded`. What pads the entry belongs to its last row."""
+    lengths = [len(ids) for ids in tokens]
+    spare = _round_up(sum(lengths), multiple) - sum(lengths)
+    pads = tokens[0].new_full((spare,), pad_id), labels[0].new_full((spare,), IGNORE)
+    joined = torch.cat([*tokens, pads[0]])[None], torch.cat([*labels, pads[1]])[None]
+    return Rows(*joined, lengths=(*lengths[:-1], lengths[-1] + spare))
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -67,7 +149,7 @@ class KTOBatch:
 
     Attributes:
         samples: rows of (x_i, y_i).
-        kl_rows: rows of (x_i, y_m(i)). A row without partner repeats x_i alone, with no label to score.
+        kl_rows: rows of (x_i, y_m(i)). A row without partner has no label to score.
         desirable: [B] bool, p_i.
         has_partner: [B] bool, whether the KL row counts.
         index: [B] int64, position of the record in the data set (validated, kept records, file order).

@@ -38,9 +38,17 @@ def _tensors(batch: KTOBatch) -> tuple[Tensor, ...]:
     )
 
 
-def _batch(tensors: Iterable[Tensor]) -> KTOBatch:
+_Lengths: TypeAlias = tuple[tuple[int, ...] | None, tuple[int, ...] | None]
+
+
+def _lengths(batch: KTOBatch) -> _Lengths:
+    return batch.samples.lengths, batch.kl_rows.lengths
+
+
+def _batch(tensors: Iterable[Tensor], lengths: _Lengths) -> KTOBatch:
     tokens, labels, kl_tokens, kl_labels, desirable, has_partner, index = tensors
-    return KTOBatch(Rows(tokens, labels), Rows(kl_tokens, kl_labels), desirable, has_partner, index)
+    samples, kl_rows = Rows(tokens, labels, lengths[0]), Rows(kl_tokens, kl_labels, lengths[1])
+    return KTOBatch(samples, kl_rows, desirable, has_partner, index)
 
 
 class LoadedStep(StepBatch):
@@ -48,18 +56,19 @@ class LoadedStep(StepBatch):
 
     def pin_memory(self) -> LoadedStep:
         """The same share in page-locked memory; the loader calls it where there is a CUDA device."""
-        return replace(self, micro_batches=tuple(_batch(t.pin_memory() for t in _tensors(b)) for b in self))
+        pinned = tuple(_batch((t.pin_memory() for t in _tensors(b)), _lengths(b)) for b in self)
+        return replace(self, micro_batches=pinned)
 
 
-_Arrays: TypeAlias = list[list[Any]]
+_Arrays: TypeAlias = list[tuple[list[Any], _Lengths]]
 
 
 def _pack(step: LoadedStep) -> tuple[Callable[[_Arrays, BatchCounts], LoadedStep], tuple[_Arrays, BatchCounts]]:
-    return _unpack, ([[t.numpy() for t in _tensors(batch)] for batch in step], step.counts)
+    return _unpack, ([([t.numpy() for t in _tensors(batch)], _lengths(batch)) for batch in step], step.counts)
 
 
 def _unpack(arrays: _Arrays, counts: BatchCounts) -> LoadedStep:
-    return LoadedStep(tuple(_batch(map(torch.from_numpy, columns)) for columns in arrays), counts)
+    return LoadedStep(tuple(_batch(map(torch.from_numpy, columns), rest) for columns, rest in arrays), counts)
 
 
 # torch would send every tensor as a file descriptor: hundreds per step at micro-batch size 1, thousands with

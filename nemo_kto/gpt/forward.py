@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, get_cuda_rng_tracker
 from torch import Tensor, nn
 
-from nemo_kto.data.batch import KTOBatch, Rows, regroup
+from nemo_kto.data.batch import ForwardSize, KTOBatch, Rows, regroup
 from nemo_kto.distributed.groups import ParallelGroups
 from nemo_kto.distributed.logprobs import response_logprobs, sequence_sums
 from nemo_kto.gpt.build import unwrap
@@ -45,12 +47,12 @@ class Passes:
         self._schedule = get_forward_backward_func()
 
     @torch.no_grad()
-    def score(self, rows: Sequence[Rows], micro_batch_size: int) -> list[Tensor]:
+    def score(self, rows: Sequence[Rows], size: ForwardSize | None = None) -> list[Tensor]:
         """Sequence log-probs without gradient, in eval mode, leaving training mode and random streams as they were.
 
         Args:
             rows: one entry per training micro-batch, B_i rows each.
-            micro_batch_size: rows per forward. Where it equals the B_i, tensors are used as they are.
+            size: of a forward. None takes the entries as they are, so that it repeats a training pass's arithmetic.
 
         Returns:
             On the last stage, per entry of ``rows``, [B_i] float64 nats: sum of log p over the labelled tokens (0 for
@@ -58,13 +60,13 @@ class Passes:
         """
         if not rows:
             return []
-        groups = regroup(rows, micro_batch_size)
+        groups = rows if size is None else regroup(rows, size)
         with _evaluating(self._chunks), _random_forked():
             outputs = self._run(groups, self._score_step, forward_only=True)
         if not self._groups.is_last_stage:
             return []
         flat = torch.cat([out["logps"] for out in outputs])
-        return list(flat.split([r.tokens.size(0) for r in rows]))
+        return list(flat.split([entry.count for entry in rows]))
 
     def train(self, batches: Sequence[KTOBatch], objective: Objective) -> dict[str, Tensor]:
         """Forward and backward over all micro-batches; gradients land in Megatron's buffers.
@@ -136,14 +138,23 @@ class Passes:
             self._groups.tp,
             vocab_size=self._vocab_size,
         )
-        return sequence_sums(token_logps, mask.nonzero()[:, 0], rows.tokens.size(0))
+        return sequence_sums(token_logps, rows.row_of_position[mask], rows.count)
 
 
 def _forward(chunk: nn.Module, rows: Rows) -> Tensor:
-    """One pipeline stage over one micro-batch. Rows are padded on the right, so causal attention needs no mask."""
+    """One pipeline stage over one micro-batch. Causal attention over rows padded on the right needs no mask."""
     positions = torch.arange(rows.tokens.size(1), device=rows.tokens.device).expand_as(rows.tokens)
-    hidden: Tensor = chunk(rows.tokens, positions, None)
+    packing = {} if rows.lengths is None else {"packed_seq_params": _packed(rows.lengths, rows.tokens.device)}
+    hidden: Tensor = chunk(rows.tokens, positions, None, **packing)
     return hidden
+
+
+def _packed(lengths: tuple[int, ...], device: torch.device) -> PackedSeqParams:
+    """Where rows begin. Rotary positions restart at each of them, and need the longest row's length for it: with that
+    of the whole entry Megatron would count on from row to row, in silence."""
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    longest = max(lengths)
+    return PackedSeqParams("thd", starts, starts, max_seqlen_q=longest, max_seqlen_kv=longest)
 
 
 @contextmanager

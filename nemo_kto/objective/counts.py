@@ -16,3 +16,7 @@ class BatchCounts:
     """Samples that have a mismatched partner."""
     num_tokens: int
     """Tokens of the (x_i, y_i) rows, prompts included, padding excluded."""
+    num_inputs: int = 0
+    """Positions of (x_i, y_i) rows and KL rows that enter the network, padding excluded."""
+    num_pads: int = 0
+    """Positions that pad them."""

@@ -23,25 +23,35 @@ def score_store(
 ) -> tuple[Tensor, Tensor]:
     """Score every row.
 
-    Rows are visited by length, so that padding is short, and come back in the store's order.
+    Rows are visited by length, packed, and come back in the store's order.
 
     Args:
         passes: the model.
         store: n rows.
         groups: the layout; rows are shared out over data-parallel ranks.
-        micro_batch_size: rows per forward.
+        micro_batch_size: a forward takes so many times the longest row, in tokens.
 
     Returns:
         On every rank: [n] float64 nats, sum of log p over response tokens; [n] int64, their number.
     """
     order = np.argsort(store.lengths(np.arange(len(store))), kind="stable")
-    layout = BatchLayout(groups.dp_rank, groups.dp_size, micro_batch_size, 0, store.summary.longest_row, 1, False)
+    layout = BatchLayout(
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+        micro_batch_size=micro_batch_size,
+        pad_id=0,
+        seq_length=store.summary.longest_row,
+        pad_multiple=1,
+        needs_kl=False,
+        packing=True,
+        min_micro_batches=groups.pp_size,
+    )
     logps = torch.zeros(len(store), dtype=torch.float64, device=groups.device)
     tokens = torch.zeros(len(store), dtype=torch.int64, device=groups.device)
     width = micro_batch_size * groups.dp_size * _MICRO_BATCHES_PER_PASS
     for start in range(0, len(store), width):
         share = collate_step(store, order[start : start + width], layout).to(groups.device)
-        _score_share(passes, share.micro_batches, micro_batch_size, logps, tokens)
+        _score_share(passes, share.micro_batches, logps, tokens)
     if groups.dp_size > 1 and groups.is_last_stage:
         dist.all_reduce(logps, group=groups.dp)
         dist.all_reduce(tokens, group=groups.dp)
@@ -51,11 +61,9 @@ def score_store(
     return logps, tokens
 
 
-def _score_share(
-    passes: Passes, batches: Sequence[KTOBatch], micro_batch_size: int, logps: Tensor, tokens: Tensor
-) -> None:
+def _score_share(passes: Passes, batches: Sequence[KTOBatch], logps: Tensor, tokens: Tensor) -> None:
     """Write this rank's rows into ``logps`` and ``tokens``; other rows stay 0."""
-    scored = passes.score([batch.samples for batch in batches], micro_batch_size)
+    scored = passes.score([batch.samples for batch in batches])
     for values, batch in zip(scored, batches, strict=bool(scored)):
         logps[batch.index] = values
         tokens[batch.index] = batch.samples.num_response_tokens
