@@ -61,6 +61,11 @@ def regroup(rows: Sequence[Rows], size: int) -> list[Rows]:
     ]
 
 
+def ungroup(values: Sequence[Tensor], rows: Sequence[Rows]) -> list[Tensor]:
+    """Numbers per row, one tensor per group of :func:`regroup`, cut as the ``rows`` were: [B_i] per entry."""
+    return list(torch.cat(list(values)).split([r.tokens.size(0) for r in rows]))
+
+
 @dataclass(frozen=True)
 class KTOBatch:
     """One micro-batch of B samples (x_i, y_i, p_i) and mismatched pairs (x_i, y_m(i)). Replicated over TP and PP.

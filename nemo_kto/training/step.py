@@ -22,7 +22,7 @@ from nemo_kto.objective.losses import (
     reference_point,
     rewards,
 )
-from nemo_kto.reference.base import Reference
+from nemo_kto.reference.columns import ReferenceColumns
 from nemo_kto.training.metrics import SUMS
 
 
@@ -55,7 +55,7 @@ class KTOStep:
     """
 
     passes: Passes
-    reference: Reference
+    reference: ReferenceColumns
     settings: LossSettings
     groups: ParallelGroups
     score_micro_batch_size: int
