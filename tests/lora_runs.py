@@ -154,14 +154,17 @@ class LoraJob:
 
     def _reference(self, rows: int):
         from nemo_kto.reference.adapters_off import AdaptersOffReference
+        from nemo_kto.reference.columns import ReferenceColumns
         from nemo_kto.reference.host_weights import HostWeights
         from nemo_kto.reference.swap import SwapReference, WeightSwap
 
         needs_kl = self.settings.needs_kl
         if self.config.model.kto.reference == "swap":
             self.swap = WeightSwap(self.chunks, HostWeights(self.chunks))
-            return SwapReference(self.swap, self.passes, micro_batch_size=rows, needs_kl=needs_kl)
-        return AdaptersOffReference(self.chunks, self.passes, micro_batch_size=rows, needs_kl=needs_kl)
+            scorer = SwapReference(self.swap, self.passes)
+        else:
+            scorer = AdaptersOffReference(self.chunks, self.passes)
+        return ReferenceColumns(scorer, micro_batch_size=rows, needs_kl=needs_kl)
 
     def record(self, base: Path | None = None):
         """What a checkpoint of the adapters says of itself; of ``base`` instead of the job's own."""

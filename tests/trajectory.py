@@ -247,6 +247,7 @@ class Job:
         from nemo_kto.data.tokenize import build_store
         from nemo_kto.gpt.build import build_gpt
         from nemo_kto.gpt.forward import Passes
+        from nemo_kto.reference.columns import ReferenceColumns
         from nemo_kto.reference.host_weights import HostWeights
         from nemo_kto.reference.swap import SwapReference, WeightSwap
         from nemo_kto.training.optim import build_optimizer, wrap_data_parallel
@@ -267,8 +268,9 @@ class Job:
         self.settings = loss_settings(model.kto)
         rows = model.kto.log_prob_forward_micro_batch_size
         passes = Passes(self.chunks, self.groups, self.arch.vocab_size)
-        scorer = SwapReference(self.swap, passes, micro_batch_size=rows, needs_kl=self.settings.needs_kl)
-        self.step = KTOStep(passes, scorer, self.settings, self.groups, rows)
+        scorer = SwapReference(self.swap, passes)
+        columns = ReferenceColumns(scorer, micro_batch_size=rows, needs_kl=self.settings.needs_kl)
+        self.step = KTOStep(passes, columns, self.settings, self.groups, rows)
         data = RunData(config, build_store(model.data.data_prefix.train, start, model.data), None, self.arch)
         self.batches = data.train_loader(0, dp_rank=self.groups.dp_rank, dp_size=self.groups.dp_size)
 

@@ -91,13 +91,15 @@ def split_rows(rows: Sequence[Rows]) -> list[Rows]:
     return pieces
 
 
-def regroup(rows: Sequence[Rows], size: ForwardSize) -> list[Rows]:
+def regroup(rows: Sequence[Rows], size: ForwardSize | None) -> list[Rows]:
     """The same rows in the same order, cut anew into entries of ``size``.
 
     Args:
         rows: entries of any number of rows.
-        size: of an entry of the result. A single row may exceed it.
+        size: of an entry of the result; a single row may exceed it. None leaves the entries as they are.
     """
+    if size is None:
+        return list(rows)
     groups: list[list[Rows]] = []
     room = 0
     for piece in split_rows(rows):
@@ -141,6 +143,11 @@ def join_packed(tokens: Sequence[Tensor], labels: Sequence[Tensor], multiple: in
 
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
+
+
+def ungroup(values: Sequence[Tensor], rows: Sequence[Rows]) -> list[Tensor]:
+    """Numbers per row, one tensor per group of :func:`regroup`, cut as the ``rows`` were: [B_i] per entry."""
+    return list(torch.cat(list(values)).split([entry.count for entry in rows]))
 
 
 @dataclass(frozen=True)

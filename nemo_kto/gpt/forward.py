@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, get_cuda_rng_tracker
 from torch import Tensor, nn
 
-from nemo_kto.data.batch import ForwardSize, KTOBatch, Rows, regroup
+from nemo_kto.data.batch import ForwardSize, KTOBatch, Rows, regroup, ungroup
 from nemo_kto.distributed.groups import ParallelGroups
 from nemo_kto.distributed.logprobs import response_logprobs, sequence_sums
 from nemo_kto.gpt.build import unwrap
@@ -46,13 +46,25 @@ class Passes:
         self._vocab_size = vocab_size
         self._schedule = get_forward_backward_func()
 
-    @torch.no_grad()
     def score(self, rows: Sequence[Rows], size: ForwardSize | None = None) -> list[Tensor]:
-        """Sequence log-probs without gradient, in eval mode, leaving training mode and random streams as they were.
+        """Sequence log-probs as :meth:`log_probs` gives them, of rows that may be grouped anew for the forward.
 
         Args:
             rows: one entry per training micro-batch, B_i rows each.
             size: of a forward. None takes the entries as they are, so that it repeats a training pass's arithmetic.
+
+        Returns:
+            On the last stage, per entry of ``rows``, [B_i] float64 nats. Elsewhere an empty list.
+        """
+        logps = self.log_probs(regroup(rows, size))
+        return ungroup(logps, rows) if logps else []
+
+    @torch.no_grad()
+    def log_probs(self, rows: Sequence[Rows]) -> list[Tensor]:
+        """Sequence log-probs without gradient, in eval mode, leaving training mode and random streams as they were.
+
+        Args:
+            rows: one entry per forward pass, B_i rows each.
 
         Returns:
             On the last stage, per entry of ``rows``, [B_i] float64 nats: sum of log p over the labelled tokens (0 for
@@ -60,13 +72,9 @@ class Passes:
         """
         if not rows:
             return []
-        groups = rows if size is None else regroup(rows, size)
         with _evaluating(self._chunks), _random_forked():
-            outputs = self._run(groups, self._score_step, forward_only=True)
-        if not self._groups.is_last_stage:
-            return []
-        flat = torch.cat([out["logps"] for out in outputs])
-        return list(flat.split([entry.count for entry in rows]))
+            outputs = self._run(rows, self._score_step, forward_only=True)
+        return [out["logps"] for out in outputs] if self._groups.is_last_stage else []
 
     def train(self, batches: Sequence[KTOBatch], objective: Objective) -> dict[str, Tensor]:
         """Forward and backward over all micro-batches; gradients land in Megatron's buffers.

@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
-from nemo_kto.data.batch import StepBatch
-from nemo_kto.gpt.forward import Passes
+from nemo_kto.data.batch import Rows
 
 
 class Reference(Protocol):
-    """A frozen policy that adds its log-probs to a batch. Which one did cannot be told from the result."""
+    """A frozen policy that scores rows. Which one did cannot be told from the result."""
 
-    def score(self, step: StepBatch) -> StepBatch:
-        """The same share with ``ref_logps`` and, where KL pairs are used, ``ref_kl_logps`` on the last stage.
+    def log_probs(self, rows: Sequence[Rows]) -> list[Tensor]:
+        """Sequence log-probs of these rows under the reference policy, which takes the policy's place once for all.
 
-        The policy's weights, training mode, gradients and random streams are as before on return, also when it raises.
+        Every rank of the job calls it together, a rank without rows too: making the policy's parameters whole, before
+        and after, may need all of them. The policy's weights, training mode, gradients and random streams are as
+        before on return, also when it raises.
+
+        Args:
+            rows: one entry per forward pass, B_i rows each: they are not grouped anew.
+
+        Returns:
+            On the last stage, per entry of ``rows``, [B_i] float64 nats, without gradient: sum of log p over the
+            labelled tokens. Elsewhere an empty list.
         """
         ...
-
-
-def scored(step: StepBatch, passes: Passes, micro_batch_size: int, *, needs_kl: bool) -> StepBatch:
-    """The share with the log-probs of the model as it is right now in its reference columns.
-
-    Args:
-        step: this rank's share of a global batch.
-        passes: of a model that is the reference.
-        micro_batch_size: rows per forward.
-        needs_kl: whether the mismatched pairs are scored too.
-    """
-    logps = passes.score([batch.samples for batch in step], micro_batch_size)
-    kl_logps: list[Tensor] = []
-    if needs_kl:
-        kl_logps = passes.score([batch.kl_rows for batch in step], micro_batch_size)
-    batches = tuple(
-        replace(
-            batch,
-            ref_logps=logps[i] if logps else None,
-            ref_kl_logps=kl_logps[i] if kl_logps else None,
-        )
-        for i, batch in enumerate(step)
-    )
-    return replace(step, micro_batches=batches)

@@ -10,12 +10,11 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from nemo_kto.data.batch import StepBatch
+from nemo_kto.data.batch import Rows
 from nemo_kto.gpt.forward import Passes
 from nemo_kto.gpt.live import is_reference, mark_reference, parameters_settled, require_policy
-from nemo_kto.reference.base import scored
 from nemo_kto.reference.host_weights import HostWeights
 
 
@@ -78,20 +77,16 @@ class SwapReference:
     Args:
         swap: the swap.
         passes: the passes of the model that the swap acts on.
-        micro_batch_size: rows per forward.
-        needs_kl: whether the mismatched pairs are scored too.
     """
 
-    def __init__(self, swap: WeightSwap, passes: Passes, *, micro_batch_size: int, needs_kl: bool) -> None:
+    def __init__(self, swap: WeightSwap, passes: Passes) -> None:
         self._swap = swap
         self._passes = passes
-        self._micro_batch_size = micro_batch_size
-        self._needs_kl = needs_kl
 
-    def score(self, step: StepBatch) -> StepBatch:
-        """See :class:`~nemo_kto.reference.base.Reference`. One swap serves samples and pairs."""
+    def log_probs(self, rows: Sequence[Rows]) -> list[Tensor]:
+        """See :class:`~nemo_kto.reference.base.Reference`. One swap serves all rows."""
         with self._swap.swapped():
-            return scored(step, self._passes, self._micro_batch_size, needs_kl=self._needs_kl)
+            return self._passes.log_probs(rows)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from nemo_kto.training.policy import Policy, PolicyBuilder
 from nemo_kto.training.run_data import RunData
 from nemo_kto.training.schedule import learning_rate
 from nemo_kto.training.skipped import SkippedSteps
-from nemo_kto.training.step import KTOStep, loss_settings
+from nemo_kto.training.step import KTOStep, loss_settings, score_size
 
 
 class MegatronGPTKTOModel(ModelPT):
@@ -99,8 +99,7 @@ class MegatronGPTKTOModel(ModelPT):
         groups, fitting = self.trainer.strategy.groups, self.trainer.state.fn == TrainerFn.FITTING
         policy = PolicyBuilder(self.run, groups, fitting=fitting).build()
         self._policy, self.chunks = policy, policy.chunks
-        rows = self.run.model.kto.log_prob_forward_micro_batch_size
-        self._step = KTOStep(policy.passes, policy.reference, self._settings, groups, rows)
+        self._step = KTOStep(policy.passes, policy.reference, self._settings, groups, score_size(self.run.model))
 
     @property
     def policy(self) -> Policy:

@@ -26,10 +26,11 @@ from nemo_kto.gpt.build import build_gpt
 from nemo_kto.gpt.forward import Passes
 from nemo_kto.reference.adapters_off import AdaptersOffReference
 from nemo_kto.reference.base import Reference
+from nemo_kto.reference.columns import ReferenceColumns
 from nemo_kto.reference.host_weights import HostWeights
 from nemo_kto.reference.swap import SwapReference, WeightSwap
 from nemo_kto.training.optim import wrap_data_parallel
-from nemo_kto.training.step import loss_settings
+from nemo_kto.training.step import loss_settings, score_size
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Policy:
     Attributes:
         chunks: model chunks of this rank; wrapped in DDP where they are trained.
         passes: their passes.
-        reference: scores under the reference policy.
+        reference: adds log-probs of the reference policy to a batch.
         swap: how the reference gets in and out, where it is swapped.
         identity: what a resumed run's reference must be; None where the run keeps nothing.
         contents: what its checkpoints hold besides optimizer and counters.
@@ -47,7 +48,7 @@ class Policy:
 
     chunks: nn.ModuleList
     passes: Passes
-    reference: Reference
+    reference: ReferenceColumns
     swap: WeightSwap | None
     identity: str | None
     contents: Contents
@@ -150,10 +151,7 @@ class PolicyBuilder:
     ) -> Policy:
         kto = self._run.model.kto
         passes = Passes(chunks, self._groups, self._arch.vocab_size)
-        rows, needs_kl = kto.log_prob_forward_micro_batch_size, loss_settings(kto).needs_kl
-        reference: Reference = (
-            AdaptersOffReference(chunks, passes, micro_batch_size=rows, needs_kl=needs_kl)
-            if swap is None
-            else SwapReference(swap, passes, micro_batch_size=rows, needs_kl=needs_kl)
-        )
-        return Policy(chunks, passes, reference, swap, identity, contents)
+        needs_kl = loss_settings(kto).needs_kl
+        reference: Reference = AdaptersOffReference(chunks, passes) if swap is None else SwapReference(swap, passes)
+        columns = ReferenceColumns(reference, size=score_size(self._run.model), needs_kl=needs_kl)
+        return Policy(chunks, passes, columns, swap, identity, contents)

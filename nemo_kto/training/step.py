@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_kto.config.schema import KTOConfig
-from nemo_kto.data.batch import KTOBatch, StepBatch
+from nemo_kto.config.schema import KTOConfig, ModelConfig
+from nemo_kto.data.batch import ForwardSize, KTOBatch, StepBatch
 from nemo_kto.distributed.collectives import broadcast_floats, reduce_sums
 from nemo_kto.distributed.groups import ParallelGroups
 from nemo_kto.gpt.forward import Passes
@@ -22,7 +22,7 @@ from nemo_kto.objective.losses import (
     reference_point,
     rewards,
 )
-from nemo_kto.reference.base import Reference
+from nemo_kto.reference.columns import ReferenceColumns
 from nemo_kto.training.metrics import SUMS
 
 
@@ -42,6 +42,15 @@ def loss_settings(kto: KTOConfig) -> LossSettings:
     )
 
 
+def score_size(model: ModelConfig) -> ForwardSize | None:
+    """How many rows a forward without gradient takes; None where that is as many as in training."""
+    rows = model.kto.log_prob_forward_micro_batch_size
+    if rows == model.micro_batch_size:
+        return None
+    tokens = rows * model.data.seq_length if model.data.packing else None
+    return ForwardSize(rows, tokens, model.tensor_model_parallel_size if model.sequence_parallel else 1)
+
+
 @dataclass(frozen=True)
 class KTOStep:
     """Runs the passes of a KTO step in order; see section "one training step" of the README.
@@ -51,14 +60,14 @@ class KTOStep:
         reference: adds reference log-probs to a batch.
         settings: the objective.
         groups: the parallel layout.
-        score_micro_batch_size: rows per forward of the policy's no-gradient passes.
+        score_size: of a forward of the policy's no-gradient passes; None repeats the training pass's micro-batches.
     """
 
     passes: Passes
-    reference: Reference
+    reference: ReferenceColumns
     settings: LossSettings
     groups: ParallelGroups
-    score_micro_batch_size: int
+    score_size: ForwardSize | None
 
     def train(self, step: StepBatch) -> dict[str, float]:
         """Accumulate the gradient of the global loss over this rank's share.
@@ -86,7 +95,7 @@ class KTOStep:
         """
         scored = self.reference.score(step)
         kl_ref = self._reference_point(scored)
-        logps = self.passes.score([b.samples for b in scored], self.score_micro_batch_size)
+        logps = self.passes.score([b.samples for b in scored], self.score_size)
         sums: dict[str, Tensor] = {}
         for policy_logps, batch in zip(logps, scored, strict=bool(logps)):
             loss, rows = self._loss_and_sums(policy_logps, batch, kl_ref, loss_counts)
@@ -99,7 +108,7 @@ class KTOStep:
         zero = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         if not self.settings.needs_kl:
             return zero
-        logps = self.passes.score([b.kl_rows for b in step], self.score_micro_batch_size)
+        logps = self.passes.score([b.kl_rows for b in step], self.score_size)
         if not self.groups.is_last_stage:
             return zero
         partial = zero

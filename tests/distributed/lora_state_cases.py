@@ -107,7 +107,7 @@ def reference_is_the_base(root: Path, case: Case) -> dict[str, Any]:
     except KeyError:
         after = [module.enabled for module in switches]
     switches[0].enabled = True
-    job.step.reference._passes = None  # scoring then raises
+    job.step.reference._reference._passes = None  # scoring then raises
     try:
         job.step.reference.score(batch)
     except AttributeError:

@@ -61,7 +61,7 @@ def _restored(root: Path, setup: Setup) -> dict[str, object]:
     def fails(*_: object) -> None:
         raise ScoringError
 
-    run.passes.score = fails
+    run.passes.log_probs = fails
     with pytest.raises(ScoringError):
         run.reference.score(kit.batch(0, run.groups))
     found["back after an error"] = kit.same(run.weights(), policy) and not run.swap.active

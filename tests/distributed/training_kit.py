@@ -123,6 +123,7 @@ class Run:
         from nemo_kto.config.architecture import read_architecture
         from nemo_kto.gpt.build import PlainNetwork, build_gpt
         from nemo_kto.gpt.forward import Passes
+        from nemo_kto.reference.columns import ReferenceColumns
         from nemo_kto.reference.host_weights import HostWeights
         from nemo_kto.reference.swap import SwapReference, WeightSwap
         from nemo_kto.training.optim import LightningMegatronOptimizer, build_optimizer, wrap_data_parallel
@@ -139,7 +140,8 @@ class Run:
         if reference is not None:
             load_weights(self.chunks, arch, policy, groups)
         self.passes = Passes(self.chunks, groups, arch.vocab_size)
-        self.reference = SwapReference(self.swap, self.passes, micro_batch_size=MICRO_BATCH, needs_kl=True)
+        scorer = SwapReference(self.swap, self.passes)
+        self.reference = ReferenceColumns(scorer, micro_batch_size=MICRO_BATCH, needs_kl=True)
         self.step = KTOStep(self.passes, self.reference, _settings(), groups, MICRO_BATCH)
         self.optimizer = LightningMegatronOptimizer(build_optimizer(self.chunks, optim, clip_grad=1.0), self.chunks)
 
