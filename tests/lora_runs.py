@@ -114,7 +114,7 @@ class LoraJob:
         from nemo_kto.gpt.build import build_gpt
         from nemo_kto.gpt.forward import Passes
         from nemo_kto.training.optim import build_optimizer, wrap_data_parallel
-        from nemo_kto.training.step import KTOStep, loss_settings
+        from nemo_kto.training.step import KTOStep, loss_settings, score_size
 
         self.config = config = load_config(overrides)
         model = config.model
@@ -131,9 +131,8 @@ class LoraJob:
         self._start(seed)
         self.optimizer = build_optimizer(self.chunks, model.optim, clip_grad=config.trainer.kto.gradient_clip_val)
         self.settings = loss_settings(model.kto)
-        rows = model.kto.log_prob_forward_micro_batch_size
         self.passes = Passes(self.chunks, self.groups, self.arch.vocab_size)
-        self.step = KTOStep(self.passes, self._reference(rows), self.settings, self.groups, rows)
+        self.step = KTOStep(self.passes, self._reference(), self.settings, self.groups, score_size(model))
 
     def _start(self, seed: int) -> None:
         from nemo_kto.checkpoint.adapters import load_adapters
@@ -152,11 +151,12 @@ class LoraJob:
             row_init=tuning.row_init_method,
         )
 
-    def _reference(self, rows: int):
+    def _reference(self):
         from nemo_kto.reference.adapters_off import AdaptersOffReference
         from nemo_kto.reference.columns import ReferenceColumns
         from nemo_kto.reference.host_weights import HostWeights
         from nemo_kto.reference.swap import SwapReference, WeightSwap
+        from nemo_kto.training.step import score_size
 
         needs_kl = self.settings.needs_kl
         if self.config.model.kto.reference == "swap":
@@ -164,7 +164,7 @@ class LoraJob:
             scorer = SwapReference(self.swap, self.passes)
         else:
             scorer = AdaptersOffReference(self.chunks, self.passes)
-        return ReferenceColumns(scorer, micro_batch_size=rows, needs_kl=needs_kl)
+        return ReferenceColumns(scorer, size=score_size(self.config.model), needs_kl=needs_kl)
 
     def record(self, base: Path | None = None):
         """What a checkpoint of the adapters says of itself; of ``base`` instead of the job's own."""

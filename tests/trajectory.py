@@ -252,7 +252,7 @@ class Job:
         from nemo_kto.reference.swap import SwapReference, WeightSwap
         from nemo_kto.training.optim import build_optimizer, wrap_data_parallel
         from nemo_kto.training.run_data import RunData
-        from nemo_kto.training.step import KTOStep, loss_settings
+        from nemo_kto.training.step import KTOStep, loss_settings, score_size
 
         self.config = config = load_config(overrides)
         model, bf16 = config.model, config.trainer.is_bf16
@@ -266,11 +266,10 @@ class Job:
         clip = config.trainer.kto.gradient_clip_val
         self.optimizer = build_optimizer(self.chunks, model.optim, clip_grad=clip)
         self.settings = loss_settings(model.kto)
-        rows = model.kto.log_prob_forward_micro_batch_size
         passes = Passes(self.chunks, self.groups, self.arch.vocab_size)
         scorer = SwapReference(self.swap, passes)
-        columns = ReferenceColumns(scorer, micro_batch_size=rows, needs_kl=self.settings.needs_kl)
-        self.step = KTOStep(passes, columns, self.settings, self.groups, rows)
+        columns = ReferenceColumns(scorer, size=score_size(model), needs_kl=self.settings.needs_kl)
+        self.step = KTOStep(passes, columns, self.settings, self.groups, score_size(model))
         data = RunData(config, build_store(model.data.data_prefix.train, start, model.data), None, self.arch)
         self.batches = data.train_loader(0, dp_rank=self.groups.dp_rank, dp_size=self.groups.dp_size)
 

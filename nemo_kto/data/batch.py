@@ -110,9 +110,7 @@ def regroup(rows: Sequence[Rows], size: ForwardSize | None) -> list[Rows]:
         groups[-1].append(piece)
         room -= length
     join = join_padded if size.tokens is None else join_packed
-    return [
-        join([p.tokens[0] for p in group], [p.labels[0] for p in group], size.multiple) for group in groups
-    ]
+    return [join([p.tokens[0] for p in group], [p.labels[0] for p in group], size.multiple) for group in groups]
 
 
 def join_padded(tokens: Sequence[Tensor], labels: Sequence[Tensor], multiple: int, pad_id: int = 0) -> Rows:

@@ -20,3 +20,9 @@ class BatchCounts:
     """Positions of (x_i, y_i) rows and KL rows that enter the network, padding excluded."""
     num_pads: int = 0
     """Positions that pad them."""
+
+    @property
+    def pad_fraction(self) -> float:
+        """Padding among all positions that enter the network."""
+        positions = self.num_inputs + self.num_pads
+        return self.num_pads / positions if positions else 0.0

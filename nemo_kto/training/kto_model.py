@@ -168,6 +168,7 @@ class MegatronGPTKTOModel(ModelPT):
             "skipped_steps": self.skips.total,
             "step_time_s": seconds,
             "tokens": batch.counts.num_tokens,
+            "pad_fraction": batch.counts.pad_fraction,
             "tokens_per_second": batch.counts.num_tokens / seconds,
             "peak_memory_bytes": peak_memory_bytes(),
         }

@@ -94,8 +94,8 @@ def reference_is_the_base(root: Path, case: Case) -> dict[str, Any]:
     plain = build_gpt(job.arch, job.config.model, bf16=False, groups=job.groups)
     load_weights(plain, job.arch, job.base, job.groups)
     rows = [micro.samples for micro in batch]
-    wanted = Passes(plain, job.groups, job.arch.vocab_size).score(rows, 2)
-    policy = job.passes.score(rows, 2)
+    wanted = Passes(plain, job.groups, job.arch.vocab_size).score(rows)
+    policy = job.passes.score(rows)
     found = [micro.ref_logps for micro in job.step.reference.score(batch)]
     switches = [module for chunk in job.chunks for module in chunk.modules() if isinstance(module, Adapters)]
     switches[0].enabled = False  # whoever switched it off wants it off afterwards

@@ -203,7 +203,7 @@ def _drift(root: Path, setup: Setup) -> dict[str, object]:
         return [t for b in run.reference.score(fixed) for t in (b.ref_logps, b.ref_kl_logps) if t is not None]
 
     def policy_scores() -> list[torch.Tensor]:
-        return run.passes.score([b.samples for b in fixed], kit.MICRO_BATCH)
+        return run.passes.score([b.samples for b in fixed])
 
     digest, scores, policy = run.swap.reference.digest(), reference_scores(), policy_scores()
     run.train(20)

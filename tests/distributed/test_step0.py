@@ -53,7 +53,7 @@ def observe(job: Job, batch) -> Seen:
         return policy_logps.sum(), {}
 
     job.step.passes.train(scored.micro_batches, objective)
-    kl_logps = job.step.passes.score([b.kl_rows for b in scored], job.step.score_micro_batch_size)
+    kl_logps = job.step.passes.score([b.kl_rows for b in scored], job.step.score_size)
     kl_log_ratios = [k - b.ref_kl_logps for k, b in zip(kl_logps, scored, strict=bool(kl_logps))]
     sums = {}
     for normalization in NORMALIZATIONS:

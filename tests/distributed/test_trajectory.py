@@ -43,6 +43,7 @@ HALVED = (
     "model.kto.desirable_loss_weight=3.0",
     "model.kto.undesirable_loss_weight=2.5",
 )
+PADDED = "model.data.packing=false"  # the default packs
 SCORE_4 = "model.kto.log_prob_forward_micro_batch_size=4"
 
 
@@ -69,51 +70,89 @@ class Case:
 
 CASES = {
     1: {
-        "mb1": Case("sgd", micro=1),
+        "mb1": Case("sgd", micro=1, extra=(PADDED,)),
         "mb2": Case("sgd"),
         "mb4": Case("sgd", micro=4),
         "mb2-score4": Case("sgd", extra=(SCORE_4,)),
+        "mb2-padded-score4": Case("sgd", extra=(PADDED, SCORE_4)),
         "mb2-selective": Case("sgd", extra=(SELECTIVE,)),
         "mb2-full": Case("sgd", extra=FULL),
-        "adam-mb4": Case("adam", micro=4),
+        "adam-mb4": Case("adam", micro=4, extra=(PADDED,)),
         "dist-mb4": Case("adam", micro=4, extra=(DIST,)),
         "paper": Case("paper", extra=HALVED),
         "paper_sgd_sft-mb1": Case("paper_sgd_sft", micro=1),
-        "averages": Case("averages"),
-        "apo-mb4": Case("apo", micro=4),
-        "tied": Case("tied", extra=(DIST,)),
+        "averages": Case("averages", extra=(PADDED,)),
+        "apo-mb4": Case("apo", micro=4, extra=(PADDED,)),
+        "tied": Case(
+            "tied",
+            extra=(
+                PADDED,
+                DIST,
+            ),
+        ),
         "tied_sgd": Case("tied_sgd"),
     },
     2: {
-        "dp2-mb1": Case("sgd", micro=1),
+        "dp2-mb1": Case("sgd", micro=1, extra=(PADDED,)),
         "dp2-paper": Case("paper"),
         "dp2-dist-overlap": Case("adam", micro=1, extra=OVERLAP),
-        "dp2-apo": Case("apo", micro=1),
+        "dp2-apo": Case("apo", micro=1, extra=(PADDED,)),
         "dp2-averages": Case("averages", extra=(DIST, OVERLAP_GRADS)),
         "pp2-mb1": Case("sgd", pp=2, micro=1),
-        "pp2-tied": Case("tied", pp=2, extra=(DIST,)),
+        "pp2-tied": Case(
+            "tied",
+            pp=2,
+            extra=(
+                PADDED,
+                DIST,
+            ),
+        ),
         "pp2-tied_sgd": Case("tied_sgd", pp=2, micro=1),
         "pp2-paper-score4": Case("paper", pp=2, extra=(SCORE_4,)),
         "pp2-full": Case("sgd", pp=2, micro=1, extra=FULL),
-        "tp2-mb2": Case("sgd", tp=2),
+        "tp2-mb2": Case("sgd", tp=2, extra=(PADDED,)),
         "tp2-tied": Case("tied", tp=2, micro=4),
         "tp2-paper_sgd_sft": Case("paper_sgd_sft", tp=2, micro=1),
         "tp2sp-adam": Case("adam", tp=2, extra=(SEQUENCE,)),
-        "tp2sp-averages": Case("averages", tp=2, micro=4, extra=(SEQUENCE,)),
+        "tp2sp-averages": Case(
+            "averages",
+            tp=2,
+            micro=4,
+            extra=(
+                PADDED,
+                SEQUENCE,
+            ),
+        ),
         "tp2sp-sgd": Case("sgd", tp=2, extra=(SEQUENCE,)),
         "tp2sp-full": Case("sgd", tp=2, extra=(SEQUENCE, *FULL)),
         "tp2sp-selective": Case("sgd", tp=2, extra=(SEQUENCE, SELECTIVE)),
     },
     4: {
-        "dp4": Case("paper", extra=OVERLAP),
+        "dp4": Case("paper", extra=(PADDED, *OVERLAP)),
         "pp2dp2": Case("paper", pp=2, micro=1, extra=OVERLAP),
         "pp2dp2-tied_sgd": Case("tied_sgd", pp=2, extra=(OVERLAP_GRADS, SCORE_4)),
-        "tp2dp2-sgd": Case("sgd", tp=2, extra=(OVERLAP_GRADS,)),
+        "tp2dp2-sgd": Case(
+            "sgd",
+            tp=2,
+            extra=(
+                PADDED,
+                OVERLAP_GRADS,
+            ),
+        ),
         "tp2spdp2-averages": Case("averages", tp=2, micro=4, extra=(SEQUENCE, *OVERLAP)),
         "tp2pp2-sgd": Case("sgd", tp=2, pp=2),
-        "tp2pp2-adam": Case("adam", tp=2, pp=2, micro=4, extra=(DIST,)),
+        "tp2pp2-adam": Case(
+            "adam",
+            tp=2,
+            pp=2,
+            micro=4,
+            extra=(
+                PADDED,
+                DIST,
+            ),
+        ),
         "tp2pp2-paper_sgd_sft": Case("paper_sgd_sft", tp=2, pp=2, micro=4),
-        "tp2pp2sp-tied": Case("tied", tp=2, pp=2, extra=(SEQUENCE, *OVERLAP)),
+        "tp2pp2sp-tied": Case("tied", tp=2, pp=2, extra=(PADDED, SEQUENCE, *OVERLAP)),
         "tp2pp2sp-apo": Case("apo", tp=2, pp=2, micro=4, extra=(SEQUENCE,)),
     },
 }

@@ -141,8 +141,8 @@ class Run:
             load_weights(self.chunks, arch, policy, groups)
         self.passes = Passes(self.chunks, groups, arch.vocab_size)
         scorer = SwapReference(self.swap, self.passes)
-        self.reference = ReferenceColumns(scorer, micro_batch_size=MICRO_BATCH, needs_kl=True)
-        self.step = KTOStep(self.passes, self.reference, _settings(), groups, MICRO_BATCH)
+        self.reference = ReferenceColumns(scorer, size=None, needs_kl=True)
+        self.step = KTOStep(self.passes, self.reference, _settings(), groups, None)
         self.optimizer = LightningMegatronOptimizer(build_optimizer(self.chunks, optim, clip_grad=1.0), self.chunks)
 
     def train(self, steps: int) -> list[dict[str, float]]:

@@ -21,27 +21,38 @@ _ = IGNORE
 
 
 def unpadded(rows: Rows) -> list[tuple[list[int], list[int]]]:
-    """(prompt, response) of each row, read back from tokens and labels; pad_id is 0 and no other token is."""
+    """(prompt, response) of each row, read back from tokens and labels; pad_id is 0 and no other token is.
+
+    Of a prompt with nothing to score the first token is left.
+    """
+    if rows.lengths is None:
+        pieces = list(zip(rows.tokens, rows.labels, strict=True))
+    else:
+        assert rows.tokens.shape == rows.labels.shape == (1, sum(rows.lengths))
+        cut = [tensor[0].split(list(rows.lengths)) for tensor in (rows.tokens, rows.labels)]
+        pieces = list(zip(*cut, strict=True))
+    assert len(pieces) == rows.count
     result = []
-    for tokens, labels in zip(rows.tokens, rows.labels, strict=True):
+    for tokens, labels in pieces:
         ids = tokens[tokens != 0].tolist()
         response = labels[labels != IGNORE].tolist()
-        prompt = ids[: len(ids) - len(response)]
-        assert ids == prompt + response
+        prompt = ids[: len(ids) - len(response) + 1] if response else ids
+        assert ids == prompt + response[:-1]
         scored = torch.nonzero(labels != IGNORE).flatten().tolist()
-        assert scored == list(range(len(prompt) - 1, len(ids) - 1)), "labels are shifted by one"
+        assert scored == list(range(len(prompt) - 1, len(ids))) or not response, "labels are shifted by one"
+        assert response or len(ids) == 1
         result.append((prompt, response))
     return result
 
 
 def flat(steps: list[StepBatch]) -> list[tuple]:
-    """One tuple per sample, in the order of ranks and micro-batches."""
+    """One tuple per sample, in the order of the records."""
     samples = []
     for step in steps:
         for batch in step:
             columns = (unpadded(batch.samples), unpadded(batch.kl_rows), batch.desirable.tolist())
             samples += zip(*columns, batch.has_partner.tolist(), batch.index.tolist(), strict=True)
-    return samples
+    return sorted(samples, key=lambda sample: sample[-1])
 
 
 def test_docstring_example():
@@ -55,18 +66,19 @@ def test_exact_tensors(tmp_path):
     rows = [([1, 2], [6, 9], True), ([3], [7, 8, 9], False), ([4, 5], [9], True)]
     step = collate_step(make_store(tmp_path / "s", rows), np.array([2, 0, 1]), replace(LAYOUT, micro_batch_size=2))
     first, second = step.micro_batches
-    # Global order is rows 2, 0, 1: row 2 takes the response of 0, row 0 that of 1, row 1 that of 2.
-    assert first.samples.tokens.tolist() == [[4, 5, 9, 0], [1, 2, 6, 9]]
-    assert first.samples.labels.tolist() == [[_, 9, _, _], [_, 6, 9, _]]
-    assert first.kl_rows.tokens.tolist() == [[4, 5, 6, 9, 0], [1, 2, 7, 8, 9]]
-    assert first.kl_rows.labels.tolist() == [[_, 6, 9, _, _], [_, 7, 8, 9, _]]
+    # Global order is rows 2, 0, 1: row 2 takes the response of 0, row 0 that of 1, row 1 that of 2. Inputs, longer of
+    # both rows: 3, 4, 3, so that row 0 and, of the rest, row 2 share a micro-batch.
+    assert first.samples.tokens.tolist() == [[4, 5, 0], [1, 2, 6]]
+    assert first.samples.labels.tolist() == [[_, 9, _], [_, 6, 9]]
+    assert first.kl_rows.tokens.tolist() == [[4, 5, 6, 0], [1, 2, 7, 8]]
+    assert first.kl_rows.labels.tolist() == [[_, 6, 9, _], [_, 7, 8, 9]]
     assert first.desirable.tolist() == [True, True]
     assert first.has_partner.tolist() == [True, True]
     assert first.index.tolist() == [2, 0]
-    assert second.samples.tokens.tolist() == [[3, 7, 8, 9]]
-    assert second.kl_rows.tokens.tolist() == [[3, 9]]
-    assert second.kl_rows.labels.tolist() == [[9, _]]
-    assert step.counts == BatchCounts(3, 2, 1, 3, 11)
+    assert second.samples.tokens.tolist() == [[3, 7, 8]]
+    assert second.kl_rows.tokens.tolist() == [[3]]
+    assert second.kl_rows.labels.tolist() == [[9]]
+    assert step.counts == BatchCounts(3, 2, 1, 3, 11, num_inputs=16, num_pads=2)
 
 
 def test_types(tmp_path):
@@ -81,22 +93,28 @@ def test_types(tmp_path):
     assert batch.size == 4
 
 
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("dp_size", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 4, 16])
 @pytest.mark.parametrize(("size", "prompts"), [(16, 3), (13, 10**6), (3, 10**6)])
-def test_layouts_share_one_global_batch(tmp_path, dp_size, micro_batch_size, size, prompts):
+def test_layouts_share_one_global_batch(tmp_path, dp_size, micro_batch_size, size, prompts, packing):
     store = make_store(tmp_path / "s", random_rows(40, prompts=prompts))
     indices = np.random.default_rng(size).permutation(40)[:size]
     whole = collate_step(store, indices, LAYOUT)
-    layout = replace(LAYOUT, dp_size=dp_size, micro_batch_size=micro_batch_size)
+    layout = replace(LAYOUT, dp_size=dp_size, micro_batch_size=micro_batch_size, packing=packing)
     shares = [collate_step(store, indices, replace(layout, dp_rank=rank)) for rank in range(dp_size)]
     assert flat(shares) == flat([whole])
-    assert [sample[-1] for sample in flat(shares)] == indices.tolist()
-    assert {share.counts for share in shares} == {whole.counts}
-    sizes = [sum(batch.size for batch in share) for share in shares]
-    assert max(sizes) - min(sizes) <= 1
-    for share in shares:
-        assert all(batch.size == micro_batch_size for batch in share.micro_batches[:-1])
+    assert [sample[-1] for sample in flat(shares)] == sorted(indices.tolist())
+    assert {replace(share.counts, num_pads=0) for share in shares} == {replace(whole.counts, num_pads=0)}
+    rows = [rows for share in shares for batch in share for rows in (batch.samples, batch.kl_rows)]
+    positions = sum(entry.tokens.numel() for entry in rows)
+    assert {share.counts.num_pads for share in shares} == {positions - whole.counts.num_inputs}
+    numbers = [len(share.micro_batches) for share in shares]
+    assert max(numbers) - min(numbers) <= 1
+    if packing:
+        assert all(entry.tokens.numel() <= layout.capacity for entry in rows)
+    else:
+        assert all(batch.size <= micro_batch_size for share in shares for batch in share)
 
 
 def test_partners_and_counts_against_the_rows(tmp_path):
@@ -106,9 +124,11 @@ def test_partners_and_counts_against_the_rows(tmp_path):
     step = collate_step(store, indices, LAYOUT)
     picked = [rows[i] for i in indices]
     partners = mismatched_partners([tuple(r[0]) for r in picked], [tuple(r[1]) for r in picked])
-    for i, (sample, kl, desirable, has_partner, index) in enumerate(flat([step])):
+    found = {sample[-1]: sample for sample in flat([step])}
+    for i, (sample, kl, desirable, has_partner, index) in enumerate(found[row] for row in indices):
         assert sample == (picked[i][0], picked[i][1])
-        assert kl == (picked[i][0], picked[partners[i]][1] if partners[i] is not None else [])
+        paired = partners[i] is not None
+        assert kl == ((picked[i][0], picked[partners[i]][1]) if paired else (picked[i][0][:1], []))
         assert (desirable, has_partner, index) == (picked[i][2], partners[i] is not None, indices[i])
     assert step.counts.num_kl_pairs == sum(m is not None for m in partners)
     assert step.counts.num_desirable == sum(r[2] for r in picked)
@@ -121,7 +141,7 @@ def test_same_prompts_have_no_partner(tmp_path):
     step = collate_step(store, np.arange(2), LAYOUT)
     batch = step.micro_batches[0]
     assert batch.has_partner.tolist() == [False, False]
-    assert batch.kl_rows.tokens.tolist() == [[5, 6], [5, 6]]
+    assert batch.kl_rows.tokens.tolist() == [[5], [5]]
     assert (batch.kl_rows.labels == IGNORE).all()
     assert step.counts.num_kl_pairs == 0
 
@@ -142,7 +162,7 @@ def test_kl_rows_end_at_seq_length(tmp_path):
     assert unpadded(batch.kl_rows) == [([1] * 6, [4]), ([3], [10, 11, 12]), ([8, 9], [2])]
     full = collate_step(make_store(tmp_path / "t", rows), np.arange(3), replace(LAYOUT, seq_length=6))
     kl = unpadded(full.micro_batches[0].kl_rows)
-    assert kl == [([1] * 6, []), ([3], [10, 11, 12]), ([8, 9], [2])], "no room: the prompt alone, not counted"
+    assert kl == [([1], []), ([3], [10, 11, 12]), ([8, 9], [2])], "no room: not counted"
     assert full.micro_batches[0].has_partner.tolist() == [False, True, True]
     assert full.counts.num_kl_pairs == 2
 
@@ -152,13 +172,13 @@ def test_padding(tmp_path, multiple):
     store = make_store(tmp_path / "s", random_rows(12))
     layout = replace(LAYOUT, micro_batch_size=3, pad_multiple=multiple, pad_id=99)
     for batch in collate_step(store, np.arange(12), layout):
-        lengths = store.lengths(batch.index.numpy())
+        lengths = store.lengths(batch.index.numpy()) - 1
         width = batch.samples.tokens.shape[1]
         assert width == -(-lengths.max() // multiple) * multiple
         assert batch.kl_rows.tokens.shape[1] % multiple == 0
         for tokens, labels, length in zip(batch.samples.tokens, batch.samples.labels, lengths, strict=True):
             assert (tokens[length:] == 99).all()
-            assert (labels[length - 1 :] == IGNORE).all()
+            assert (labels[length:] == IGNORE).all()
 
 
 def test_without_kl(tmp_path, monkeypatch):
@@ -167,7 +187,7 @@ def test_without_kl(tmp_path, monkeypatch):
     step = collate_step(store, np.arange(6), replace(LAYOUT, needs_kl=False))
     batch = step.micro_batches[0]
     assert not batch.has_partner.any()
-    assert unpadded(batch.kl_rows) == [(store.prompt(i).tolist(), []) for i in range(6)]
+    assert unpadded(batch.kl_rows) == [(store.prompt(i).tolist()[:1], []) for i in range(6)]
     assert step.counts.num_kl_pairs == 0
     with_kl = replace(LAYOUT, needs_kl=False)
     assert unpadded(batch.samples) == unpadded(collate_step(store, np.arange(6), with_kl).micro_batches[0].samples)
@@ -176,7 +196,7 @@ def test_without_kl(tmp_path, monkeypatch):
 def test_a_rank_may_get_nothing(tmp_path):
     store = make_store(tmp_path / "s", random_rows(2))
     shares = [collate_step(store, np.arange(2), replace(LAYOUT, dp_size=4, dp_rank=rank)) for rank in range(4)]
-    assert [len(share.micro_batches) for share in shares] == [0, 1, 0, 1]
+    assert [len(share.micro_batches) for share in shares] == [1, 1, 0, 0]
     assert {share.counts.num_samples for share in shares} == {2}
 
 

@@ -31,14 +31,25 @@ from nemo_kto.data.datamodule import (
 )
 from nemo_kto.data.sampler import GlobalBatchSampler
 
-LAYOUT = BatchLayout(dp_rank=1, dp_size=2, micro_batch_size=2, pad_id=0, seq_length=32, pad_multiple=1, needs_kl=True)
+LAYOUT = BatchLayout(
+    dp_rank=1,
+    dp_size=2,
+    micro_batch_size=2,
+    pad_id=0,
+    seq_length=32,
+    pad_multiple=1,
+    needs_kl=True,
+    packing=True,
+    min_micro_batches=2,
+)
 
 
 def contents(step: StepBatch) -> tuple:
     batches = []
     for b in step:
         tensors = [b.samples.tokens, b.samples.labels, b.kl_rows.tokens, b.kl_rows.labels]
-        batches.append([t.tolist() for t in (*tensors, b.desirable, b.has_partner, b.index)])
+        columns = [t.tolist() for t in (*tensors, b.desirable, b.has_partner, b.index)]
+        batches.append([*columns, b.samples.lengths, b.kl_rows.lengths])
     return batches, step.counts
 
 
@@ -129,7 +140,8 @@ def test_validation_loader(store):
     for _ in range(2):
         steps = list(loader)
         assert [step.counts.num_samples for step in steps] == [8, 8, 8, 3]
-        assert [i for step in steps for batch in step for i in batch.index.tolist()] == list(range(27))
+        rows = [sorted(i for batch in step for i in batch.index.tolist()) for step in steps]
+        assert [i for found in rows for i in found] == list(range(27))
     assert len(loader) == 4
 
 

@@ -15,7 +15,7 @@ from data_kit import char_tokenizer, make_store
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_kto.data.batch import IGNORE, KTOBatch
+from nemo_kto.data.batch import IGNORE, ForwardSize, KTOBatch, Rows, regroup, split_rows
 from nemo_kto.data.collate import BatchLayout, collate_step
 from nemo_kto.data.encode import Encoder, EncodeSettings
 from nemo_kto.data.records import Message, Record
@@ -156,26 +156,56 @@ def global_batches(draw: Any) -> tuple[list[tuple[list[int], list[int], bool]], 
         "seq_length": draw(st.integers(longest, longest + 3)),
         "pad_multiple": draw(st.sampled_from([1, 2, 4])),
         "needs_kl": draw(st.booleans()),
+        "packing": draw(st.booleans()),
+        "min_micro_batches": draw(st.integers(1, 3)),
     }
     return rows, order[: draw(st.integers(1, len(rows)))], layout
 
 
-def _padded(prompt: list[int], response: list[int], width: int) -> tuple[list[int], list[int]]:
-    """Tokens and labels by the definition in data/batch.py."""
+def _row(prompt: list[int], response: list[int]) -> tuple[list[int], list[int]]:
+    """Tokens and labels by the definition in data/batch.py, without padding."""
     tokens = prompt + response
-    labels = [tokens[t + 1] if len(prompt) <= t + 1 < len(tokens) else IGNORE for t in range(width)]
-    return tokens + [PAD] * (width - len(tokens)), labels
+    if not response:
+        return tokens[:1], [IGNORE]
+    return tokens[:-1], [tokens[t + 1] if t + 1 >= len(prompt) else IGNORE for t in range(len(tokens) - 1)]
 
 
-def _check_rows(found: Any, wanted: list[tuple[list[int], list[int]]], multiple: int) -> None:
-    longest = max(len(prompt) + len(response) for prompt, response in wanted)
+def _check_rows(found: Rows, wanted: list[tuple[list[int], list[int]]], multiple: int, packing: bool) -> None:
+    rows = [_row(*row) for row in wanted]
+    lengths = [len(tokens) for tokens, _ in rows]
+    needed = sum(lengths) if packing else max(lengths)
     width = found.tokens.size(1)
     assert width % multiple == 0
-    assert longest <= width < longest + multiple
-    tokens, labels = zip(*(_padded(*row, width) for row in wanted), strict=True)
-    assert found.tokens.tolist() == list(tokens)
-    assert found.labels.tolist() == list(labels)
+    assert needed <= width < needed + multiple
+    if packing:
+        assert found.lengths == (*lengths[:-1], lengths[-1] + width - needed)
+        rows = [tuple([item for row in rows for item in row[part]] for part in (0, 1))]
+    else:
+        assert found.lengths is None
+    assert found.tokens.tolist() == [tokens + [PAD] * (width - len(tokens)) for tokens, _ in rows]
+    assert found.labels.tolist() == [labels + [IGNORE] * (width - len(labels)) for _, labels in rows]
     assert found.tokens.dtype == found.labels.dtype == torch.int64
+    assert found.num_response_tokens.tolist() == [len(response) for _, response in wanted]
+    assert found.row_of_position.shape == found.tokens.shape
+    _check_cut_anew(found, [_row(*row) for row in wanted])
+
+
+def _check_cut_anew(found: Rows, rows: list[tuple[list[int], list[int]]]) -> None:
+    """Taken apart and put together in both ways, rows are the rows they were."""
+    pieces = split_rows([found])
+    assert [(p.tokens[0].tolist(), p.labels[0].tolist()) for p in pieces] == rows
+    for size in (ForwardSize(2), ForwardSize(2, tokens=5), ForwardSize(9, tokens=99, multiple=4)):
+        again = regroup([found, found], size)
+        assert all(entry.tokens.size(1) % size.multiple == 0 for entry in again)
+        if size.tokens is None:
+            assert all(entry.count <= size.rows for entry in again)
+        else:
+            assert all(entry.count == 1 or sum(map(len, _inputs(entry))) <= size.tokens for entry in again)
+        assert [row for entry in again for row in _inputs(entry)] == [tokens for tokens, _ in rows + rows]
+
+
+def _inputs(entry: Rows) -> list[list[int]]:
+    return [piece.tokens[0].tolist() for piece in split_rows([entry])]
 
 
 @given(case=global_batches())
@@ -191,12 +221,15 @@ def _check_batch(store: TokenStore, rows: list, order: list[int], sizes: dict[st
         collate_step(store, np.array(order), BatchLayout(dp_rank=rank, **sizes)) for rank in range(sizes["dp_size"])
     ]
     shares = [[int(i) for batch in step for i in batch.index] for step in steps]
-    assert [i for share in shares for i in share] == order, "every sample once, in order, on one rank"
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert sorted(i for share in shares for i in share) == sorted(order), "every sample once, on one rank"
+    numbers = [len(step.micro_batches) for step in steps]
+    assert max(numbers) - min(numbers) <= 1
+    if sizes["packing"]:
+        assert sum(numbers) >= min(sizes["min_micro_batches"] * sizes["dp_size"], len(order))
     partners = _partners(rows, order) if sizes["needs_kl"] else dict.fromkeys(order)
     partners = {i: m if len(rows[i][0]) < sizes["seq_length"] else None for i, m in partners.items()}
     for step in steps:
-        assert all(batch.size == sizes["micro_batch_size"] for batch in step.micro_batches[:-1])
+        assert sizes["packing"] or all(batch.size <= sizes["micro_batch_size"] for batch in step.micro_batches)
         for batch in step:
             _check_micro_batch(batch, rows, partners, sizes)
         assert step.counts == steps[0].counts
@@ -215,12 +248,12 @@ def _check_micro_batch(batch: KTOBatch, rows: list, partners: dict[int, int | No
     mine = batch.index.tolist()
     assert batch.desirable.tolist() == [rows[i][2] for i in mine]
     assert batch.has_partner.tolist() == [partners[i] is not None for i in mine]
-    _check_rows(batch.samples, [rows[i][:2] for i in mine], sizes["pad_multiple"])
+    _check_rows(batch.samples, [rows[i][:2] for i in mine], sizes["pad_multiple"], sizes["packing"])
     pairs = []
     for i in mine:
         prompt, foreign = rows[i][0], rows[partners[i]][1] if partners[i] is not None else []
         pairs.append((prompt, foreign[: sizes["seq_length"] - len(prompt)]))
-    _check_rows(batch.kl_rows, pairs, sizes["pad_multiple"])
+    _check_rows(batch.kl_rows, pairs, sizes["pad_multiple"], sizes["packing"])
 
 
 def _partners(rows: list, order: list[int]) -> dict[int, int | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_kto.data.batch import IGNORE, KTOBatch, Rows, StepBatch
+from nemo_kto.data.batch import ForwardSize, KTOBatch, Rows, StepBatch
 from nemo_kto.objective.counts import BatchCounts
 from nemo_kto.reference.columns import ReferenceColumns
 
@@ -24,7 +24,7 @@ class Told:
 
 def rows(*first: int, width: int = 3) -> Rows:
     tokens = torch.tensor(first)[:, None].expand(-1, width).clone()
-    return Rows(tokens, torch.full_like(tokens, IGNORE))
+    return Rows(tokens, torch.zeros_like(tokens))
 
 
 def micro_batch(*first: int, width: int = 3) -> KTOBatch:
@@ -48,7 +48,7 @@ ODD = share(micro_batch(1, 2), micro_batch(3))
 def test_samples_and_pairs_take_one_call_and_keep_their_tensors():
     """The last micro-batch of a validation is smaller; what follows it is not grouped anew for that."""
     told = Told()
-    scored = ReferenceColumns(told, micro_batch_size=2, needs_kl=True).score(ODD)
+    scored = ReferenceColumns(told, size=None, needs_kl=True).score(ODD)
     assert columns(scored) == [([1, 2], [101, 102]), ([3], [103])]
     (asked,) = told.calls
     wanted = [*(b.samples for b in ODD), *(b.kl_rows for b in ODD)]
@@ -58,14 +58,14 @@ def test_samples_and_pairs_take_one_call_and_keep_their_tensors():
 def test_a_larger_forward_takes_samples_and_pairs_apart():
     told = Told()
     step = share(micro_batch(1, 2), micro_batch(3, 4, width=5), micro_batch(5, 6))
-    scored = ReferenceColumns(told, micro_batch_size=4, needs_kl=True).score(step)
+    scored = ReferenceColumns(told, size=ForwardSize(4), needs_kl=True).score(step)
     assert columns(scored) == [([1, 2], [101, 102]), ([3, 4], [103, 104]), ([5, 6], [105, 106])]
     assert [list(r.tokens.shape) for r in told.calls[0]] == [[4, 5], [2, 3], [4, 6], [2, 4]]
 
 
 def test_pairs_that_do_not_count_are_not_scored():
     told = Told()
-    scored = ReferenceColumns(told, micro_batch_size=2, needs_kl=False).score(ODD)
+    scored = ReferenceColumns(told, size=None, needs_kl=False).score(ODD)
     assert [(b.ref_logps.tolist(), b.ref_kl_logps) for b in scored] == [([1, 2], None), ([3], None)]
     assert len(told.calls[0]) == 2
 
@@ -73,10 +73,10 @@ def test_pairs_that_do_not_count_are_not_scored():
 @pytest.mark.parametrize("step", [ODD, share()], ids=["rows", "no rows"])
 def test_all_ranks_call_and_only_the_last_stage_has_numbers(step):
     told = Told(last_stage=False)
-    scored = ReferenceColumns(told, micro_batch_size=2, needs_kl=True).score(step)
+    scored = ReferenceColumns(told, size=None, needs_kl=True).score(step)
     assert len(told.calls) == 1
     assert all(b.ref_logps is None and b.ref_kl_logps is None for b in scored)
 
 
 def test_a_share_without_rows_has_no_columns():
-    assert ReferenceColumns(Told(), micro_batch_size=2, needs_kl=True).score(share()).micro_batches == ()
+    assert ReferenceColumns(Told(), size=None, needs_kl=True).score(share()).micro_batches == ()
