@@ -18,7 +18,8 @@ IGNORE = -100
 class Rows:
     """Rows of tokens, ready for a causal decoder: padded to one length, or packed one after the other.
 
-    A row is prompt + response without its last token, which predicts nothing; a row with nothing to score is one token.
+    A row is prompt + response without its last token, which predicts nothing; a row with nothing to score has one
+    token.
 
     Attributes:
         tokens: padded: [B, S] int64, any valid id on the right. Packed: [1, T] int64, the B rows one after the other.
@@ -70,7 +71,7 @@ class ForwardSize:
     Attributes:
         rows: most rows of a forward, where rows are padded.
         tokens: most tokens of a forward, where they are packed; None where they are padded.
-        multiple: positions of a forward are a multiple of it (of the tensor-parallel size, under sequence parallelism).
+        multiple: positions of a forward are a multiple of it (of the tensor-parallel size, with sequence parallelism).
     """
 
     rows: int
@@ -83,7 +84,7 @@ def split_rows(rows: Sequence[Rows]) -> list[Rows]:
     pieces: list[Rows] = []
     for entry in rows:
         lengths = entry.lengths or [entry.tokens.size(1)] * entry.count
-        tokens, labels = entry.tokens.flatten().split(list(lengths)), entry.labels.flatten().split(list(lengths))
+        tokens, labels = (torch.split(t.flatten(), list(lengths)) for t in (entry.tokens, entry.labels))
         for ids, targets in zip(tokens, labels, strict=True):
             scored = torch.nonzero(targets != IGNORE)
             length = int(scored[-1]) + 1 if len(scored) else 1
@@ -145,7 +146,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 def ungroup(values: Sequence[Tensor], rows: Sequence[Rows]) -> list[Tensor]:
     """Numbers per row, one tensor per group of :func:`regroup`, cut as the ``rows`` were: [B_i] per entry."""
-    return list(torch.cat(list(values)).split([entry.count for entry in rows]))
+    return list(torch.split(torch.cat(list(values)), [entry.count for entry in rows]))
 
 
 @dataclass(frozen=True)

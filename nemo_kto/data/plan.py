@@ -1,4 +1,4 @@
-"""Which samples of a global batch share a micro-batch, and which rank gets it. Knows lengths alone, and builds nothing.
+"""Which samples of a global batch share a micro-batch, and which rank gets it. Knows lengths, and builds nothing.
 
 Both plans are pure functions of the lengths, so every rank finds the same one by itself. The objective is a sum over
 the global batch: how it is cut changes time and memory, never the result.

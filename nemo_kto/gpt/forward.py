@@ -158,8 +158,10 @@ def _forward(chunk: nn.Module, rows: Rows) -> Tensor:
 
 
 def _packed(lengths: tuple[int, ...], device: torch.device) -> PackedSeqParams:
-    """Where rows begin. Rotary positions restart at each of them, and need the longest row's length for it: with that
-    of the whole entry Megatron would count on from row to row, in silence."""
+    """Where rows begin; rotary positions restart there.
+
+    Megatron needs the longest row's length for it: given the whole entry's, it counts on from row to row, in silence.
+    """
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     longest = max(lengths)
     return PackedSeqParams("thd", starts, starts, max_seqlen_q=longest, max_seqlen_kv=longest)

@@ -7,162 +7,17 @@ after the other; the tests then look at what the ranks brought back.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from harness import Worlds
-from trajectory import ADAM, GRADIENT, PAPER, SGD, Job, make_files
+from trajectory import ADAM, GRADIENT, Job, make_files
+from trajectory_cases import BIT_EQUAL, CASES, RECIPES, Case
 
 pytestmark = pytest.mark.distributed
 
-RECIPES = {
-    "sgd": SGD,
-    "adam": ADAM,
-    "paper": PAPER,
-    "paper_sgd_sft": replace(SGD, preset="kto_paper", lr=0.01, sft_weight=0.05),
-    "averages": replace(ADAM, beta=2.0, average=True, sft_average=True, sft_weight=0.3),
-    "apo": replace(ADAM, preset="apo_zero_unpaired"),
-    "tied": replace(ADAM, tied=True),
-    "tied_sgd": replace(SGD, tied=True, desirable_weight=1.0, undesirable_weight=1.0),
-}
-DIST = "model.optim.name=distributed_fused_adam"
-OVERLAP_GRADS = "model.optim.overlap_grad_sync=true"
-OVERLAP = (DIST, OVERLAP_GRADS, "model.optim.overlap_param_sync=true")
-SEQUENCE = "model.sequence_parallel=true"
-SELECTIVE = "model.activations_checkpoint_granularity=selective"
-FULL = (
-    "model.activations_checkpoint_granularity=full",
-    "model.activations_checkpoint_method=uniform",
-    "model.activations_checkpoint_num_layers=1",
-)
-# The same objective said in other words: the preference weight multiplies both classes' weights.
-HALVED = (
-    "model.kto.preference_loss_weight=0.5",
-    "model.kto.desirable_loss_weight=3.0",
-    "model.kto.undesirable_loss_weight=2.5",
-)
-PADDED = "model.data.packing=false"  # the default packs
-SCORE_4 = "model.kto.log_prob_forward_micro_batch_size=4"
-
-
-def layout_words(tp: int, pp: int, micro: int) -> list[str]:
-    """The command line's words for how a recipe is computed."""
-    return [
-        f"model.tensor_model_parallel_size={tp}",
-        f"model.pipeline_model_parallel_size={pp}",
-        f"model.micro_batch_size={micro}",
-    ]
-
-
-@dataclass(frozen=True)
-class Case:
-    recipe: str
-    tp: int = 1
-    pp: int = 1
-    micro: int = 2
-    extra: tuple[str, ...] = ()
-
-    def overrides(self, root: Path) -> list[str]:
-        return [*RECIPES[self.recipe].overrides(root), *layout_words(self.tp, self.pp, self.micro), *self.extra]
-
-
-CASES = {
-    1: {
-        "mb1": Case("sgd", micro=1, extra=(PADDED,)),
-        "mb2": Case("sgd"),
-        "mb4": Case("sgd", micro=4),
-        "mb2-score4": Case("sgd", extra=(SCORE_4,)),
-        "mb2-padded-score4": Case("sgd", extra=(PADDED, SCORE_4)),
-        "mb2-selective": Case("sgd", extra=(SELECTIVE,)),
-        "mb2-full": Case("sgd", extra=FULL),
-        "adam-mb4": Case("adam", micro=4, extra=(PADDED,)),
-        "dist-mb4": Case("adam", micro=4, extra=(DIST,)),
-        "paper": Case("paper", extra=HALVED),
-        "paper_sgd_sft-mb1": Case("paper_sgd_sft", micro=1),
-        "averages": Case("averages", extra=(PADDED,)),
-        "apo-mb4": Case("apo", micro=4, extra=(PADDED,)),
-        "tied": Case(
-            "tied",
-            extra=(
-                PADDED,
-                DIST,
-            ),
-        ),
-        "tied_sgd": Case("tied_sgd"),
-    },
-    2: {
-        "dp2-mb1": Case("sgd", micro=1, extra=(PADDED,)),
-        "dp2-paper": Case("paper"),
-        "dp2-dist-overlap": Case("adam", micro=1, extra=OVERLAP),
-        "dp2-apo": Case("apo", micro=1, extra=(PADDED,)),
-        "dp2-averages": Case("averages", extra=(DIST, OVERLAP_GRADS)),
-        "pp2-mb1": Case("sgd", pp=2, micro=1),
-        "pp2-tied": Case(
-            "tied",
-            pp=2,
-            extra=(
-                PADDED,
-                DIST,
-            ),
-        ),
-        "pp2-tied_sgd": Case("tied_sgd", pp=2, micro=1),
-        "pp2-paper-score4": Case("paper", pp=2, extra=(SCORE_4,)),
-        "pp2-full": Case("sgd", pp=2, micro=1, extra=FULL),
-        "tp2-mb2": Case("sgd", tp=2, extra=(PADDED,)),
-        "tp2-tied": Case("tied", tp=2, micro=4),
-        "tp2-paper_sgd_sft": Case("paper_sgd_sft", tp=2, micro=1),
-        "tp2sp-adam": Case("adam", tp=2, extra=(SEQUENCE,)),
-        "tp2sp-averages": Case(
-            "averages",
-            tp=2,
-            micro=4,
-            extra=(
-                PADDED,
-                SEQUENCE,
-            ),
-        ),
-        "tp2sp-sgd": Case("sgd", tp=2, extra=(SEQUENCE,)),
-        "tp2sp-full": Case("sgd", tp=2, extra=(SEQUENCE, *FULL)),
-        "tp2sp-selective": Case("sgd", tp=2, extra=(SEQUENCE, SELECTIVE)),
-    },
-    4: {
-        "dp4": Case("paper", extra=(PADDED, *OVERLAP)),
-        "pp2dp2": Case("paper", pp=2, micro=1, extra=OVERLAP),
-        "pp2dp2-tied_sgd": Case("tied_sgd", pp=2, extra=(OVERLAP_GRADS, SCORE_4)),
-        "tp2dp2-sgd": Case(
-            "sgd",
-            tp=2,
-            extra=(
-                PADDED,
-                OVERLAP_GRADS,
-            ),
-        ),
-        "tp2spdp2-averages": Case("averages", tp=2, micro=4, extra=(SEQUENCE, *OVERLAP)),
-        "tp2pp2-sgd": Case("sgd", tp=2, pp=2),
-        "tp2pp2-adam": Case(
-            "adam",
-            tp=2,
-            pp=2,
-            micro=4,
-            extra=(
-                PADDED,
-                DIST,
-            ),
-        ),
-        "tp2pp2-paper_sgd_sft": Case("paper_sgd_sft", tp=2, pp=2, micro=4),
-        "tp2pp2sp-tied": Case("tied", tp=2, pp=2, extra=(PADDED, SEQUENCE, *OVERLAP)),
-        "tp2pp2sp-apo": Case("apo", tp=2, pp=2, micro=4, extra=(SEQUENCE,)),
-    },
-}
-BIT_EQUAL = [
-    (1, "mb2", "mb2-selective"),
-    (1, "mb2", "mb2-full"),
-    (2, "pp2-mb1", "pp2-full"),
-    (2, "tp2sp-sgd", "tp2sp-full"),
-    (2, "tp2sp-sgd", "tp2sp-selective"),
-]
 TRAVEL = {"sgd": GRADIENT, "adamw": 1e-3}
 """Of the way all weights go together. SGD's way is a sum of gradients. Adam divides a gradient by its own size, so an
 element that is nothing but rounding may take whole steps in either direction: a few among 180,000 are admitted here.
