@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nemo_kto.data.batch import IGNORE, KTOBatch, Rows, StepBatch, join_packed, join_padded
-from nemo_kto.data.plan import Plan, by_length, packed
+from nemo_kto.data.plan import Plan, by_length, micro_batches_of_pipeline, packed
 from nemo_kto.data.store import TokenStore
 from nemo_kto.objective.counts import BatchCounts
 from nemo_kto.objective.pairing import mismatched_partners
@@ -35,7 +35,7 @@ class BatchLayout:
             parallelism).
         needs_kl: whether the objective uses the mismatched pairs.
         packing: rows of a micro-batch one after the other, instead of padded to one length.
-        min_micro_batches: packed: at least so many micro-batches per rank, as long as there are samples.
+        stages: pipeline stages; packed micro-batches are made smaller to keep several stages busy.
     """
 
     dp_rank: int
@@ -46,7 +46,7 @@ class BatchLayout:
     pad_multiple: int
     needs_kl: bool
     packing: bool = False
-    min_micro_batches: int = 1
+    stages: int = 1
 
     @property
     def capacity(self) -> int:
@@ -163,7 +163,8 @@ def _input_lengths(
 
 def _plan(lengths: IntArray, layout: BatchLayout) -> Plan:
     if layout.packing:
-        return packed(lengths, layout.dp_size, layout.capacity, layout.min_micro_batches)
+        share = int(lengths[:, 0].sum()) // layout.dp_size
+        return packed(lengths, layout.dp_size, layout.capacity, micro_batches_of_pipeline(share, layout.stages))
     return by_length(lengths, layout.dp_size, layout.micro_batch_size)
 
 

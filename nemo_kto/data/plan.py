@@ -6,6 +6,7 @@ the global batch: how it is cut changes time and memory, never the result.
 
 from __future__ import annotations
 
+import math
 from typing import TypeAlias
 
 import numpy as np
@@ -15,6 +16,8 @@ IntArray: TypeAlias = NDArray[np.int64]
 Plan: TypeAlias = list[list[IntArray]]
 """By data-parallel rank, by micro-batch: positions in the global batch, ascending. The longest micro-batch comes
 first, so that a rank that runs out of memory does so at once."""
+_TURN_TOKENS = 256
+"""An estimate: with so few tokens a GPU waits for its kernels' launches about as long as it computes."""
 
 
 def by_length(lengths: IntArray, dp_size: int, size: int) -> Plan:
@@ -57,6 +60,19 @@ def packed(lengths: IntArray, dp_size: int, capacity: int, at_least: int) -> Pla
             fullest_first = np.argsort(-loads, kind="stable")
             return _deal([np.flatnonzero(places == place) for place in fullest_first], dp_size)
         per_rank += 1
+
+
+def micro_batches_of_pipeline(tokens: int, stages: int) -> int:
+    """How many micro-batches of a rank's share take a pipeline the least time.
+
+    M micro-batches of T tokens in all keep P stages for M + P - 1 turns, each as long as T / M + c tokens take, where c
+    is what a turn costs by itself. The product is least at M = sqrt((P - 1) T / c).
+
+    Args:
+        tokens: T, of the rank's share.
+        stages: P.
+    """
+    return 1 if stages == 1 else max(stages, math.isqrt((stages - 1) * tokens // _TURN_TOKENS))
 
 
 def _fill(lengths: IntArray, bins: int) -> tuple[IntArray, IntArray]:

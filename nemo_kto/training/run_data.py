@@ -107,7 +107,7 @@ class RunData:
             pad_multiple=model.tensor_model_parallel_size if model.sequence_parallel else 1,
             needs_kl=model.kto.loss_type != "apo_zero_unpaired",
             packing=model.data.packing,
-            min_micro_batches=model.pipeline_model_parallel_size,
+            stages=model.pipeline_model_parallel_size,
         )
 
     def _count_validation(self) -> BatchCounts:

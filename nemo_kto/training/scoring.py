@@ -44,7 +44,7 @@ def score_store(
         pad_multiple=1,
         needs_kl=False,
         packing=True,
-        min_micro_batches=groups.pp_size,
+        stages=groups.pp_size,
     )
     logps = torch.zeros(len(store), dtype=torch.float64, device=groups.device)
     tokens = torch.zeros(len(store), dtype=torch.int64, device=groups.device)

@@ -40,7 +40,7 @@ LAYOUT = BatchLayout(
     pad_multiple=1,
     needs_kl=True,
     packing=True,
-    min_micro_batches=2,
+    stages=2,
 )
 
 

@@ -157,7 +157,7 @@ def global_batches(draw: Any) -> tuple[list[tuple[list[int], list[int], bool]], 
         "pad_multiple": draw(st.sampled_from([1, 2, 4])),
         "needs_kl": draw(st.booleans()),
         "packing": draw(st.booleans()),
-        "min_micro_batches": draw(st.integers(1, 3)),
+        "stages": draw(st.integers(1, 3)),
     }
     return rows, order[: draw(st.integers(1, len(rows)))], layout
 
@@ -225,7 +225,7 @@ def _check_batch(store: TokenStore, rows: list, order: list[int], sizes: dict[st
     numbers = [len(step.micro_batches) for step in steps]
     assert max(numbers) - min(numbers) <= 1
     if sizes["packing"]:
-        assert sum(numbers) >= min(sizes["min_micro_batches"] * sizes["dp_size"], len(order))
+        assert sum(numbers) >= min(sizes["stages"] * sizes["dp_size"], len(order))
     partners = _partners(rows, order) if sizes["needs_kl"] else dict.fromkeys(order)
     partners = {i: m if len(rows[i][0]) < sizes["seq_length"] else None for i, m in partners.items()}
     for step in steps:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_kto.data.plan import Plan, by_length, packed
+from nemo_kto.data.plan import Plan, by_length, micro_batches_of_pipeline, packed
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), max_size=40).map(
     lambda rows: np.array(rows, dtype=np.int64).reshape(-1, 2)
@@ -63,3 +63,12 @@ def test_ranks_are_equally_full(dp_size):
     assert max(totals) <= 1.02 * min(totals)
     fewest = -(-int(lengths.sum(axis=0).max()) // (8192 * dp_size))
     assert {len(share) for share in plan} <= {fewest, fewest + 1}
+
+
+@pytest.mark.parametrize(("tokens", "stages"), [(1000, 2), (32_000, 4), (500_000, 8)])
+def test_pipelines_are_kept_busy(tokens, stages):
+    """No other number of micro-batches takes less time by the formula, unless it leaves stages without work."""
+    chosen = micro_batches_of_pipeline(tokens, stages)
+    time = {m: (m + stages - 1) * (tokens / m + 256) for m in range(stages, 2000)}
+    assert time[chosen] <= 1.001 * min(time.values())
+    assert micro_batches_of_pipeline(tokens, 1) == 1
