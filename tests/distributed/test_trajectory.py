@@ -46,7 +46,7 @@ HALVED = (
 )
 SCORE_4 = "model.kto.log_prob_forward_micro_batch_size=4"
 AHEAD_2, AHEAD_3 = ("model.kto.reference_lookahead=2",), ("model.kto.reference_lookahead=3",)
-"""Ten steps of two epochs are windows of 2 2 2 2 2, and of 3 3 3 1: over the end of an epoch, and cut off by the end."""
+"""Ten steps, two epochs, are windows of 2 2 2 2 2, and of 3 3 3 1: over the end of an epoch, and cut at the end."""
 
 
 def layout_words(tp: int, pp: int, micro: int) -> list[str]:
