@@ -89,6 +89,7 @@ class KTOConfig:
     reference: str
     reference_from_path: str
     reference_lookahead: int
+    reference_restore: str
     kl_clamp: str
     loss_normalization: str
     loss_type: str
