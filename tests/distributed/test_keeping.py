@@ -1,4 +1,4 @@
-"""Where the policy waits while the reference is swapped in, what crosses between host and device, and what is refused."""
+"""Where the policy waits while the reference is swapped in, what crosses between host and device, what is refused."""
 
 from __future__ import annotations
 

@@ -132,13 +132,7 @@ RECOMPUTED = [
     (2, "tp2sp-sgd", "tp2sp-full"),
     (2, "tp2sp-sgd", "tp2sp-selective"),
 ]
-LOOKED_AHEAD = [
-    (1, "mb2"),
-    (1, "mb2-score4"),
-    (2, "dp2-dist-overlap"),
-    (2, "pp2-mb1"),
-    (2, "tp2sp-sgd"),
-]
+LOOKED_AHEAD = [(1, "mb2"), (1, "mb2-score4"), (2, "dp2-dist-overlap"), (2, "pp2-mb1"), (2, "tp2sp-sgd")]
 TRAVEL = {"sgd": GRADIENT, "adamw": 1e-3}
 """Of the way all weights go together. SGD's way is a sum of gradients. Adam divides a gradient by its own size, so an
 element that is nothing but rounding may take whole steps in either direction: a few among 180,000 are admitted here.
