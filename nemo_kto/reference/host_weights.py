@@ -17,8 +17,9 @@ def trained_parameters(chunks: Iterable[nn.Module]) -> list[nn.Parameter]:
 class HostWeights:
     """Every parameter of this rank's model slice that is trained, in host memory: one buffer per dtype.
 
-    The buffers are pinned where CUDA is present. Their order is that of the parameters in device memory, and what lies
-    side by side there, as in Megatron's parameter buffers, is one copy.
+    The buffers are pinned where CUDA is present (torch then takes memory up to the next power of two). Their order is
+    that of the parameters in device memory, and what lies side by side there, as in Megatron's parameter buffers, is
+    one copy.
 
     Copies go into existing storage, in place, both ways: Megatron's buffers hold views of the parameters, and
     rebinding ``.data`` would cut them off. On CUDA they run on a stream of their own, which waits for and is waited

@@ -104,7 +104,7 @@ class InMasters:
         known = {
             parameter: master
             for parameter, master in self._source()
-            if parameter.dtype == torch.bfloat16 and master.dtype == torch.float32
+            if (parameter.dtype, master.dtype) == (torch.bfloat16, torch.float32) and parameter.device == master.device
         }
         if any(p not in known or known[p].numel() != p.numel() for p in self._parameters):
             return "this rank's optimizer does not hold float32 masters of all its weights"
