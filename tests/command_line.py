@@ -12,7 +12,7 @@ from typing import NoReturn
 
 INTEGERS = (
     *("step", "consumed_samples", "num_desirable", "num_undesirable", "kl_pairs", "tokens", "peak_memory_bytes"),
-    "skipped_steps",
+    *("skipped_steps", "reference_bytes"),
 )
 MEANS = (
     "kl",

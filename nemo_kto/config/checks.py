@@ -12,6 +12,7 @@ from typing import Any
 from nemo_kto.config.architecture import Architecture
 from nemo_kto.config.archives import is_archive
 from nemo_kto.config.lora import problems as peft_problems
+from nemo_kto.config.reference import problems as reference_problems
 from nemo_kto.config.schema import Config, ExpManagerConfig, KTOConfig, KTOLoopConfig, ModelConfig, OptimConfig
 from nemo_kto.errors import ConfigError
 
@@ -47,6 +48,7 @@ def check(config: Config, world_size: int) -> None:
         *_layout(config.model, world_size),
         *_paths(config),
         *peft_problems(config.model, config.pretrained_checkpoint.restore_from_path),
+        *reference_problems(config, world_size),
     ]
     if problems:
         raise ConfigError("\n".join(problems))

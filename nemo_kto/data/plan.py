@@ -65,8 +65,8 @@ def packed(lengths: IntArray, dp_size: int, capacity: int, at_least: int) -> Pla
 def micro_batches_of_pipeline(tokens: int, stages: int) -> int:
     """How many micro-batches of a rank's share take a pipeline the least time.
 
-    M micro-batches of T tokens in all keep P stages for M + P - 1 turns, each as long as T / M + c tokens take, where c
-    is what a turn costs by itself. The product is least at M = sqrt((P - 1) T / c).
+    M micro-batches of T tokens in all keep P stages for M + P - 1 turns, each as long as T / M + c tokens take, where
+    c is what a turn costs by itself. The product is least at M = sqrt((P - 1) T / c).
 
     Args:
         tokens: T, of the rank's share.

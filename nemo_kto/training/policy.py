@@ -53,6 +53,11 @@ class Policy:
     identity: str | None
     contents: Contents
 
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that the reference has moved between host and device since the start, on this rank."""
+        return 0 if self.swap is None else self.swap.bytes_moved
+
 
 class PolicyBuilder:
     """Builds the policy of a run on this rank. All ranks call it together.
@@ -99,7 +104,7 @@ class PolicyBuilder:
             partial(load_weights, chunks, self._arch, source, self._groups),
             contents,
         )
-        swap = WeightSwap(chunks, HostWeights(chunks))
+        swap = self._swap(chunks)
         if source != self._start:
             load_weights(chunks, self._arch, self._start, self._groups)
         return self._policy(chunks, swap, identity, contents)
@@ -119,7 +124,7 @@ class PolicyBuilder:
             return self._policy(chunks, None, record.base_sha256, contents)
         source = f"model.peft.restore_from_path={model.peft.restore_from_path}"
         identity = self._settle(chunks, source, load, contents)
-        return self._policy(chunks, WeightSwap(chunks, HostWeights(chunks)), identity, contents)
+        return self._policy(chunks, self._swap(chunks), identity, contents)
 
     def _load_adapters(self, chunks: nn.ModuleList, record: AdapterRecord) -> None:
         model = self._run.model
@@ -145,6 +150,10 @@ class PolicyBuilder:
             may_differ=exp.resume_with_changes,
             keep=self._fitting and exp.create_checkpoint_callback,
         )
+
+    def _swap(self, chunks: nn.ModuleList) -> WeightSwap:
+        """With the live weights as the reference's."""
+        return WeightSwap(chunks, HostWeights(chunks), self._run.model.kto.reference_restore)
 
     def _policy(
         self, chunks: nn.ModuleList, swap: WeightSwap | None, identity: str | None, contents: Contents

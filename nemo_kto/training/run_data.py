@@ -81,6 +81,7 @@ class RunData:
             total_steps=self.total_steps,
             start_step=self.train_sampler.step_at(consumed_samples),
             num_workers=self._config.model.data.num_workers,
+            lookahead=self._config.model.kto.reference_lookahead,
         )
 
     def validation_loader(self, *, dp_rank: int, dp_size: int) -> DataLoader[StepBatch] | None:

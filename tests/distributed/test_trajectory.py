@@ -6,6 +6,7 @@ after the other; the tests then look at what the ranks brought back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from harness import Worlds
 from trajectory import ADAM, GRADIENT, Job, make_files
-from trajectory_cases import BIT_EQUAL, CASES, RECIPES, Case
+from trajectory_cases import AHEAD_2, CASES, LOOKED_AHEAD, RECIPES, RECOMPUTED, Case
 
 pytestmark = pytest.mark.distributed
 
@@ -44,9 +45,12 @@ def run_case(case: Case, root: Path) -> dict:
             gradients = job.whole(lambda parameter: parameter.main_grad)
         _, norm, _ = job.optimizer.step()
         history.append({**named_means(sums, batch.counts, job.settings.beta), "grad_norm": float(norm)})
+    moved = job.swap.bytes_moved
     with job.swap.swapped():  # ends gathers that overlap_param_sync left for a next forward that does not come
         pass
-    return {"history": history, "gradients": gradients, "weights": job.whole(lambda parameter: parameter)}
+    weights = job.whole(lambda parameter: parameter)
+    swaps = moved / (job.swap.bytes_moved - moved)
+    return {"history": history, "gradients": gradients, "weights": weights, "swaps": swaps}
 
 
 def run_world(rank: int, world: int, root: Path) -> dict[str, dict]:
@@ -159,8 +163,22 @@ def test_layouts_agree_with_each_other(recipe: str, brought) -> None:
     assert [RECIPES[recipe].deviations(history, first) for history in others] == [[]] * len(others)
 
 
-@pytest.mark.parametrize(("world", "plain", "recomputed"), BIT_EQUAL)
-def test_recomputing_activations_changes_no_bit(world: int, plain: str, recomputed: str, brought) -> None:
-    for one, other in zip(brought(world, plain), brought(world, recomputed), strict=True):
+def assert_bit_equal(ones: list[dict], others: list[dict]) -> None:
+    """Metrics of every step and weights at the end, on every rank."""
+    for one, other in zip(ones, others, strict=True):
         assert one["history"] == other["history"]
+        assert one["weights"].keys() == other["weights"].keys()
         assert all(torch.equal(tensor, other["weights"][name]) for name, tensor in one["weights"].items())
+
+
+@pytest.mark.parametrize(("world", "plain", "recomputed"), RECOMPUTED)
+def test_recomputing_activations_changes_no_bit(world: int, plain: str, recomputed: str, brought) -> None:
+    assert_bit_equal(brought(world, plain), brought(world, recomputed))
+
+
+@pytest.mark.parametrize(("world", "plain"), LOOKED_AHEAD)
+def test_looking_ahead_changes_no_bit(world: int, plain: str, brought) -> None:
+    assert_bit_equal(brought(world, plain), brought(world, f"{plain}-ahead"))
+    assert {rank["swaps"] for rank in brought(world, plain)} == {10}
+    window = 2 if AHEAD_2[0] in CASES[world][f"{plain}-ahead"].extra else 3
+    assert {rank["swaps"] for rank in brought(world, f"{plain}-ahead")} == {math.ceil(10 / window)}

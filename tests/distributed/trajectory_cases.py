@@ -35,6 +35,8 @@ HALVED = (
 )
 PADDED = "model.data.packing=false"  # the default packs
 SCORE_4 = "model.kto.log_prob_forward_micro_batch_size=4"
+AHEAD_2, AHEAD_3 = ("model.kto.reference_lookahead=2",), ("model.kto.reference_lookahead=3",)
+"""Ten steps, two epochs, are windows of 2 2 2 2 2, and of 3 3 3 1: over the end of an epoch, and cut at the end."""
 
 
 def layout_words(tp: int, pp: int, micro: int) -> list[str]:
@@ -65,6 +67,8 @@ CASES = {
         "mb4": Case("sgd", micro=4),
         "mb2-score4": Case("sgd", extra=(SCORE_4,)),
         "mb2-padded-score4": Case("sgd", extra=(PADDED, SCORE_4)),
+        "mb2-ahead": Case("sgd", extra=AHEAD_3),
+        "mb2-score4-ahead": Case("sgd", extra=(SCORE_4, *AHEAD_2)),
         "mb2-selective": Case("sgd", extra=(SELECTIVE,)),
         "mb2-full": Case("sgd", extra=FULL),
         "adam-mb4": Case("adam", micro=4, extra=(PADDED,)),
@@ -86,6 +90,7 @@ CASES = {
         "dp2-mb1": Case("sgd", micro=1, extra=(PADDED,)),
         "dp2-paper": Case("paper"),
         "dp2-dist-overlap": Case("adam", micro=1, extra=OVERLAP),
+        "dp2-dist-overlap-ahead": Case("adam", micro=1, extra=(*OVERLAP, *AHEAD_3)),
         "dp2-apo": Case("apo", micro=1, extra=(PADDED,)),
         "dp2-averages": Case("averages", extra=(DIST, OVERLAP_GRADS)),
         "pp2-mb1": Case("sgd", pp=2, micro=1),
@@ -99,6 +104,7 @@ CASES = {
         ),
         "pp2-tied_sgd": Case("tied_sgd", pp=2, micro=1),
         "pp2-paper-score4": Case("paper", pp=2, extra=(SCORE_4,)),
+        "pp2-mb1-ahead": Case("sgd", pp=2, micro=1, extra=AHEAD_3),
         "pp2-full": Case("sgd", pp=2, micro=1, extra=FULL),
         "tp2-mb2": Case("sgd", tp=2, extra=(PADDED,)),
         "tp2-tied": Case("tied", tp=2, micro=4),
@@ -114,6 +120,7 @@ CASES = {
             ),
         ),
         "tp2sp-sgd": Case("sgd", tp=2, extra=(SEQUENCE,)),
+        "tp2sp-sgd-ahead": Case("sgd", tp=2, extra=(SEQUENCE, *AHEAD_2)),
         "tp2sp-full": Case("sgd", tp=2, extra=(SEQUENCE, *FULL)),
         "tp2sp-selective": Case("sgd", tp=2, extra=(SEQUENCE, SELECTIVE)),
     },
@@ -146,7 +153,7 @@ CASES = {
         "tp2pp2sp-apo": Case("apo", tp=2, pp=2, micro=4, extra=(SEQUENCE,)),
     },
 }
-BIT_EQUAL = [
+RECOMPUTED = [
     (1, "mb2", "mb2-selective"),
     (1, "mb2", "mb2-full"),
     (2, "pp2-mb1", "pp2-full"),
@@ -154,3 +161,5 @@ BIT_EQUAL = [
     (2, "tp2sp-sgd", "tp2sp-selective"),
 ]
 """Pairs of cases, by world size, that must agree in every bit."""
+LOOKED_AHEAD = [(1, "mb2"), (1, "mb2-score4"), (2, "dp2-dist-overlap"), (2, "pp2-mb1"), (2, "tp2sp-sgd")]
+"""Cases that have a twin which looks ahead."""
