@@ -63,8 +63,8 @@ class _ChunkedHead(Function):
             at_target[chunk] = logits.gather(1, columns[chunk, None]).squeeze(1)
             sums[chunk] = real.sub_(peaks[chunk, None]).exp_().sum(dim=1)
 
-        logps, log_normalizers = _joined(peaks, sums, at_target, owned, plan.group)
-        ctx.save_for_backward(hidden, weight, columns, owned, peaks, log_normalizers)
+        logps, scales = _joined(peaks, sums, at_target, owned, plan.group)
+        ctx.save_for_backward(hidden, weight, columns, owned, peaks, scales)
         ctx.plan, ctx.num_real = plan, num_real
         ctx.exponentials = buffers.logits if plan.keep and len(chunks) == 1 else None
         return logps.masked_fill_((targets < 0) | (targets >= plan.vocab_size), torch.nan)
@@ -72,10 +72,10 @@ class _ChunkedHead(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, columns, owned, peaks, log_normalizers = ctx.saved_tensors
+        hidden, weight, columns, owned, peaks, scales = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        # d logp / d logit = onehot - softmax, and softmax = exp(logit - peak) * exp(peak - log_normalizer).
-        factors = (peaks - log_normalizers).exp_().mul_(-grad_logps)
+        # d logp / d logit = onehot - softmax, and softmax = exp(logit - peak) * scale.
+        factors = -grad_logps * scales
         at_target = grad_logps.masked_fill(~owned, 0)
 
         chunks = _slices(hidden.shape[0], ctx.plan.rows)
@@ -109,17 +109,20 @@ def _slices(num_rows: int, step: int) -> list[slice]:
 def _joined(
     peaks: Tensor, sums: Tensor, at_target: Tensor, owned: Tensor, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and log-normalizers [T] from each rank's peaks, sums of exp(logit - peak), and owned target logits."""
+    """From each rank's peaks, sums of exp(logit - peak), and target logits where it owns them, all [T].
+
+    Returns:
+        [T] log-probs, and [T] what this rank's exp(logit - peak) are to be multiplied with to be probabilities.
+    """
     highest = peaks
     if group.size() > 1:
         highest = peaks.clone()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-    below_highest = (at_target - highest).masked_fill_(~owned, 0)
-    packed = torch.stack([sums * (peaks - highest).exp_(), below_highest])
+    shrink = (peaks - highest).exp_()
+    packed = torch.stack([sums * shrink, (at_target - highest).masked_fill_(~owned, 0)])
     if group.size() > 1:
         dist.all_reduce(packed, group=group)
-    log_sums = packed[0].log()
-    return packed[1] - log_sums, highest + log_sums
+    return packed[1] - packed[0].log(), shrink.div_(packed[0])
 
 
 class _Buffers:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from allocations import Allocations
 from harness import Worlds
-from trajectory import ADAM, GRADIENT, PAPER, SGD, Job, make_files
+from trajectory import ADAM, GLOBAL_BATCH, GRADIENT, PAPER, SGD, Job, make_files
 
 pytestmark = pytest.mark.distributed
 
@@ -62,6 +63,8 @@ class Case:
     pp: int = 1
     micro: int = 2
     extra: tuple[str, ...] = ()
+    head_rows: int | None = None
+    """Tokens per chunk of the LM head, so that there are many; None: as shipped, where this model has one."""
 
     def overrides(self, root: Path) -> list[str]:
         return [*RECIPES[self.recipe].overrides(root), *layout_words(self.tp, self.pp, self.micro), *self.extra]
@@ -75,7 +78,7 @@ CASES = {
         "mb2-score4": Case("sgd", extra=(SCORE_4,)),
         "mb2-selective": Case("sgd", extra=(SELECTIVE,)),
         "mb2-full": Case("sgd", extra=FULL),
-        "adam-mb4": Case("adam", micro=4),
+        "adam-mb4": Case("adam", micro=4, head_rows=5),
         "dist-mb4": Case("adam", micro=4, extra=(DIST,)),
         "paper": Case("paper", extra=HALVED),
         "paper_sgd_sft-mb1": Case("paper_sgd_sft", micro=1),
@@ -91,7 +94,7 @@ CASES = {
         "dp2-apo": Case("apo", micro=1),
         "dp2-averages": Case("averages", extra=(DIST, OVERLAP_GRADS)),
         "pp2-mb1": Case("sgd", pp=2, micro=1),
-        "pp2-tied": Case("tied", pp=2, extra=(DIST,)),
+        "pp2-tied": Case("tied", pp=2, extra=(DIST,), head_rows=1),
         "pp2-tied_sgd": Case("tied_sgd", pp=2, micro=1),
         "pp2-paper-score4": Case("paper", pp=2, extra=(SCORE_4,)),
         "pp2-full": Case("sgd", pp=2, micro=1, extra=FULL),
@@ -99,7 +102,7 @@ CASES = {
         "tp2-tied": Case("tied", tp=2, micro=4),
         "tp2-paper_sgd_sft": Case("paper_sgd_sft", tp=2, micro=1),
         "tp2sp-adam": Case("adam", tp=2, extra=(SEQUENCE,)),
-        "tp2sp-averages": Case("averages", tp=2, micro=4, extra=(SEQUENCE,)),
+        "tp2sp-averages": Case("averages", tp=2, micro=4, extra=(SEQUENCE,), head_rows=7),
         "tp2sp-sgd": Case("sgd", tp=2, extra=(SEQUENCE,)),
         "tp2sp-full": Case("sgd", tp=2, extra=(SEQUENCE, *FULL)),
         "tp2sp-selective": Case("sgd", tp=2, extra=(SEQUENCE, SELECTIVE)),
@@ -113,7 +116,7 @@ CASES = {
         "tp2pp2-sgd": Case("sgd", tp=2, pp=2),
         "tp2pp2-adam": Case("adam", tp=2, pp=2, micro=4, extra=(DIST,)),
         "tp2pp2-paper_sgd_sft": Case("paper_sgd_sft", tp=2, pp=2, micro=4),
-        "tp2pp2sp-tied": Case("tied", tp=2, pp=2, extra=(SEQUENCE, *OVERLAP)),
+        "tp2pp2sp-tied": Case("tied", tp=2, pp=2, extra=(SEQUENCE, *OVERLAP), head_rows=3),
         "tp2pp2sp-apo": Case("apo", tp=2, pp=2, micro=4, extra=(SEQUENCE,)),
     },
 }
@@ -134,11 +137,48 @@ Storing the weights in float32 costs 2e-5 of steps of 1e-4."""
 
 
 def run_case(case: Case, root: Path) -> dict:
+    from nemo_kto.distributed import logprobs
+
+    job, shipped = Job(case.overrides(root)), logprobs.CHUNK_BYTES
+    if case.head_rows is None:
+        return train(job)
+    watch = HeadWatch(job, columns=-(-job.arch.vocab_size // case.tp))
+    logprobs.CHUNK_BYTES = 4 * watch.columns * case.head_rows
+    try:
+        return {**train(job), "watch": watch.seen}
+    finally:
+        logprobs.CHUNK_BYTES = shipped
+
+
+class HeadWatch:
+    """What the first policy pass of a job, all its micro-batches forward and backward, allocates.
+
+    ``seen`` then has ``logits``: the number of elements of one row's logits for each padded position of the largest
+    micro-batch; ``largest``: the elements of the largest tensor; ``rows``: of each tensor as wide as this rank's part
+    of the vocabulary.
+    """
+
+    def __init__(self, job: Job, columns: int) -> None:
+        self.columns = columns
+        self.seen: dict = {}
+        self._passes, self._train = job.step.passes, job.step.passes.train
+        self._passes.train = self._watched
+
+    def _watched(self, batches, *args):
+        self._passes.train = self._train
+        with Allocations() as allocations:
+            totals = self._train(batches, *args)
+        self.seen["logits"] = self.columns * max(batch.samples.tokens.numel() for batch in batches)
+        self.seen["largest"] = max(a.num_bytes for a in allocations.found) // 4
+        self.seen["rows"] = [a.shape[0] for a in allocations.found if a.shape[-1:] == (self.columns,)]
+        return totals
+
+
+def train(job: Job) -> dict:
     """Train, as the NeMo model does; metrics by step, the first step's gradients, the trained weights."""
     from nemo_kto.training.metrics import named_means
     from nemo_kto.training.optim import set_learning_rate
 
-    job = Job(case.overrides(root))
     optim, groups = job.config.model.optim, job.groups
     history: list[dict] = []
     gradients = {}
@@ -263,6 +303,20 @@ def test_layouts_agree_with_each_other(recipe: str, brought) -> None:
     assert len(ways) >= 3
     first, *others = [brought(*way)[0]["history"] for way in ways]
     assert [RECIPES[recipe].deviations(history, first) for history in others] == [[]] * len(others)
+
+
+@pytest.mark.parametrize(
+    ("world", "name"), [(world, name) for world in CASES for name, case in CASES[world].items() if case.head_rows]
+)
+def test_logits_exist_by_the_chunk_only(world: int, name: str, brought) -> None:
+    case = CASES[world][name]
+    watched = [rank["watch"] for rank in brought(world, name)]
+    assert all(seen["largest"] < seen["logits"] for seen in watched)
+    with_head = [seen["rows"] for seen in watched if seen["rows"]]
+    assert len(with_head) == world // case.pp
+    # a buffer in each micro-batch's forward and another in its backward, for many chunks
+    assert all(len(rows) == 2 * GLOBAL_BATCH // case.micro // (world // case.tp // case.pp) for rows in with_head)
+    assert max(map(max, with_head)) == case.head_rows
 
 
 @pytest.mark.parametrize(("world", "plain", "recomputed"), BIT_EQUAL)
