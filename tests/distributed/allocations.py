@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from trajectory import Job
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"}
 
@@ -48,3 +51,29 @@ class Allocations(TorchDispatchMode):
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
+
+
+class HeadWatch:
+    """What the first policy pass of a job, all its micro-batches forward and backward, allocates.
+
+    Args:
+        job: in float32, about to train.
+        columns: of the vocabulary, on this rank.
+    """
+
+    def __init__(self, job: Job, columns: int) -> None:
+        self.columns = columns
+        self.seen: dict[str, Any] = {}
+        """``logits``: elements that the logits of every position of the largest micro-batch would have; ``largest``:
+        elements of the largest tensor; ``rows``: of each tensor that has this rank's ``columns``."""
+        self._passes, self._train = job.step.passes, job.step.passes.train
+        self._passes.train = self._watched
+
+    def _watched(self, batches: Any, *args: Any) -> Any:
+        self._passes.train = self._train
+        with Allocations() as allocations:
+            totals = self._train(batches, *args)
+        self.seen["logits"] = self.columns * max(batch.samples.tokens.numel() for batch in batches)
+        self.seen["largest"] = max(a.num_bytes for a in allocations.found) // 4
+        self.seen["rows"] = [a.shape[0] for a in allocations.found if a.shape[-1:] == (self.columns,)]
+        return totals

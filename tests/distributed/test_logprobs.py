@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.distributed as dist
-from allocations import Allocations
 from harness import run_ranks
-from torch import Tensor
+from head_inputs import CHUNK_ROWS, HIDDEN, TOKENS, Inputs
 
-from nemo_kto.distributed import logprobs
 from nemo_kto.distributed.logprobs import response_logprobs, sequence_sums
 
 pytestmark = pytest.mark.distributed
 
-HIDDEN, TOKENS = 16, 7
 VOCABS = [(32, 32), (29, 32), (17, 32), (8, 32)]
 """(real, padded): even, uneven, and with ranks that hold padding alone (8 of 32 columns over 4 ranks leaves three)."""
-CHUNK_ROWS = (1, 3, TOKENS)
-"""Rows per chunk: a chunk for each token, chunks of 3, 3 and 1, and one for all."""
 
 F64 = {"rtol": 1e-12, "atol": 1e-12}
 # Logits are below 32, where float32 is 2^-20 = 1e-6 from the truth: in the product, the two differences, the result.
@@ -32,48 +26,6 @@ F32_GRADIENT = {"rtol": 1e-5, "atol": 1e-5}
 BF16 = {"rtol": 0, "atol": 2**-3}
 # Of a whole gradient: softmax is off by a logit's 2^-4 at most and by a fourth of that on average (most are below 8).
 BF16_GRADIENT = 2**-5
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The same on every rank."""
-
-    hidden: Tensor
-    weight: Tensor
-    targets: Tensor
-    grad: Tensor
-    vocab: int
-
-    @classmethod
-    def random(cls, vocab: int, padded: int, tokens: int, dtype: torch.dtype, columns: int = HIDDEN) -> Inputs:
-        generator = torch.Generator().manual_seed(vocab + tokens)
-        hidden = torch.randn(tokens, columns, generator=generator)
-        weight = torch.randn(padded, columns, generator=generator)
-        weight[vocab:] = 50.0  # padding that would win the maximum if it were looked at
-        targets = torch.randint(0, vocab, (tokens,), generator=generator)
-        if tokens > 1:
-            targets[0], targets[1] = 0, vocab - 1
-        return cls(hidden.to(dtype), weight.to(dtype), targets, torch.randn(tokens, generator=generator), vocab)
-
-    def exact(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs and the gradients of hidden and weight, in float64 from the numbers given."""
-        hidden, weight = self.hidden.double().requires_grad_(), self.weight.double().requires_grad_()
-        logits = (hidden @ weight.t())[:, : self.vocab]
-        logps = torch.log_softmax(logits, dim=1).gather(1, self.targets[:, None]).squeeze(1)
-        return logps.detach(), *torch.autograd.grad(logps, [hidden, weight], self.grad.double())
-
-    def shard(self, group: dist.ProcessGroup) -> Tensor:
-        return self.weight.chunk(group.size())[group.rank()].clone()
-
-    def ours(self, group: dist.ProcessGroup, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """As :meth:`exact`, of this rank's rows of the weight."""
-        hidden, shard = self.hidden.clone().requires_grad_(), self.shard(group).requires_grad_()
-        logps = self.logps(hidden, shard, group, rows)
-        return logps.detach(), *torch.autograd.grad(logps, [hidden, shard], self.grad.to(logps.dtype))
-
-    def logps(self, hidden: Tensor, shard: Tensor, group: dist.ProcessGroup, rows: int) -> Tensor:
-        budget = rows * shard.shape[0] * max(shard.element_size(), 4)
-        return response_logprobs(hidden, shard, self.targets, group, vocab_size=self.vocab, chunk_bytes=budget)
 
 
 # ------------------------------------------------------------------------------------------------ on the ranks
@@ -151,34 +103,6 @@ def _check_mixed_precision(group: dist.ProcessGroup, rows: int) -> None:
     assert (hidden.double() - exact).norm() <= BF16_GRADIENT * exact.norm()
 
 
-def _check_frozen(group: dist.ProcessGroup, rows: int, dtype: torch.dtype) -> None:
-    """What needs no gradient gets none, and what it would have cost is not spent; the other gradient is the same."""
-    inputs = Inputs.random(29, 32, TOKENS, dtype)
-    _, hidden_grad, weight_grad = inputs.ours(group, rows)
-    hidden, shard, num_chunks = inputs.hidden, inputs.shard(group), -(-TOKENS // rows)
-    projections = 0 if num_chunks == 1 else num_chunks  # in backward; one chunk's is kept
-    for frozen, expected in (("weight", hidden_grad), ("hidden", weight_grad)):
-        leaf = (hidden if frozen == "weight" else shard).clone().requires_grad_()
-        pair = (leaf, shard) if frozen == "weight" else (hidden, leaf)
-        logps = inputs.logps(*pair, group, rows)
-        with Allocations() as seen:
-            (got,) = torch.autograd.grad(logps, leaf, inputs.grad)
-        assert torch.equal(got, expected)
-        assert seen.num_products == projections + num_chunks
-    with torch.no_grad():
-        assert torch.equal(inputs.logps(hidden, shard, group, rows), logps)  # scoring and training see the same bits
-    assert not inputs.logps(hidden, shard, group, rows).requires_grad
-
-
-def _check_retained(group: dist.ProcessGroup, rows: int) -> None:
-    """A second backward finds what the first one found, although that one has used up the exponentials kept."""
-    inputs = Inputs.random(29, 32, TOKENS, torch.float32)
-    hidden, shard = inputs.hidden.clone().requires_grad_(), inputs.shard(group).requires_grad_()
-    logps = inputs.logps(hidden, shard, group, rows)
-    first, second = (torch.autograd.grad(logps, [hidden, shard], inputs.grad, retain_graph=True) for _ in range(2))
-    assert all(map(torch.equal, first, second))
-
-
 def _check_no_tokens(group: dist.ProcessGroup) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         inputs = Inputs.random(29, 32, 0, dtype)
@@ -223,20 +147,10 @@ def _all_cases(group: dist.ProcessGroup) -> None:
     _check_bad_targets(group)
 
 
-def _run_without_megatron(rank: int) -> tuple[dict, dict]:
-    # Any look at Megatron's global state needs this import, which None makes fail.
-    assert not any(name.partition(".")[0] == "megatron" for name in sys.modules)
-    sys.modules["megatron"] = None  # type: ignore[assignment]
-    _all_cases(dist.group.WORLD)
-    for rows in CHUNK_ROWS:
-        _check_retained(dist.group.WORLD, rows)
-        for dtype in (torch.float32, torch.bfloat16):
-            _check_frozen(dist.group.WORLD, rows, dtype)
-    return _measure_memory(), _count_collectives()
-
-
 def _run_in_subgroups(rank: int) -> None:
     """Sizes 1, 2 and 4 out of four ranks; a member that reduced over WORLD would add a stranger's numbers."""
+    # Any look at Megatron's global state needs this import, which None makes fail.
+    assert not any(name.partition(".")[0] == "megatron" for name in sys.modules)
     sys.modules["megatron"] = None  # type: ignore[assignment]
     for size in (1, 2, 4):
         groups = [dist.new_group(list(range(first, first + size))) for first in range(0, 4, size)]
@@ -265,64 +179,7 @@ def _run_alone(rank: int) -> None:
         assert torch.autograd.gradcheck(lambda hidden, weight, n=rows: inputs.logps(hidden, weight, group, n), pair)
 
 
-def _count_collectives() -> dict[tuple[int, bool], tuple[list, list]]:
-    """(rows per chunk, whether hidden is frozen) -> shapes that were reduced in forward, and in backward."""
-    shapes: list[tuple[int, ...]] = []
-    reduce = dist.all_reduce
-
-    def counted(tensor, *args, **kwargs):
-        shapes.append(tuple(tensor.shape))
-        return reduce(tensor, *args, **kwargs)
-
-    dist.all_reduce = counted
-    found = {}
-    for rows in CHUNK_ROWS:
-        for frozen in (False, True):
-            inputs = Inputs.random(29, 32, TOKENS, torch.float32)
-            hidden, shard = inputs.hidden.requires_grad_(not frozen), inputs.shard(dist.group.WORLD).requires_grad_()
-            shapes.clear()
-            logps = inputs.logps(hidden, shard, dist.group.WORLD, rows)
-            forward = list(shapes)
-            logps.sum().backward()
-            found[rows, frozen] = (forward, shapes[len(forward) :])
-    return found
-
-
-LARGE_VOCAB, FEW_COLUMNS, ROWS = 512, 2, 8
-
-
-def _measure(dtype: torch.dtype) -> dict[int, Allocations]:
-    """Forward and backward for so many tokens, in chunks of 8 rows: what was allocated."""
-    seen = {}
-    for tokens in (64, 256):
-        inputs = Inputs.random(LARGE_VOCAB, LARGE_VOCAB, tokens, dtype, columns=FEW_COLUMNS)
-        with Allocations() as allocations:
-            inputs.ours(dist.group.WORLD, ROWS)
-        seen[tokens] = allocations
-    return seen
-
-
-def _measure_memory() -> dict[str, dict[int, list[int]]]:
-    """Bytes of allocations of at least half a chunk, by dtype and number of tokens; and where chunks are unlimited."""
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        half = ROWS * LARGE_VOCAB // dist.get_world_size() * dtype.itemsize
-        seen = _measure(dtype)
-        found[str(dtype)] = {tokens: allocations.at_least(half) for tokens, allocations in seen.items()}
-    inputs = Inputs.random(LARGE_VOCAB, LARGE_VOCAB, 64, torch.float32, columns=FEW_COLUMNS)
-    with Allocations() as allocations:
-        inputs.ours(dist.group.WORLD, 64)
-    found["one chunk"] = {64: allocations.at_least(half)}
-    return found
-
-
 # ------------------------------------------------------------------------------------------------ tests
-
-
-@pytest.fixture(scope="module")
-def measured() -> list[tuple[dict, dict]]:
-    """What ranks that hold a half of the vocabulary measured, after their own checks."""
-    return run_ranks(2, _run_without_megatron)
 
 
 def test_subgroups_of_one_two_and_four():
@@ -331,31 +188,6 @@ def test_subgroups_of_one_two_and_four():
 
 def test_a_group_of_one_communicates_nothing():
     run_ranks(1, _run_alone)
-
-
-def test_the_number_of_collectives_is_not_that_of_chunks(measured):
-    for _, collectives in measured:
-        for (_, frozen), (forward, backward) in collectives.items():
-            assert forward == [(TOKENS,), (2, TOKENS)]
-            assert backward == ([] if frozen else [(TOKENS, HIDDEN)])
-
-
-def test_nothing_larger_than_a_chunk_is_allocated_however_many_tokens(measured):
-    """One chunk's buffer in forward and one in backward, twice in bf16: in its own dtype and in float32.
-
-    The head is thin here, so gradients and inputs are smaller than half a chunk and do not count.
-    """
-    logits = ROWS * LARGE_VOCAB // 2
-    for memory, _ in measured:
-        assert memory["torch.float32"] == {64: [4 * logits] * 2, 256: [4 * logits] * 2}
-        bf16 = [2 * logits] * 2 + [4 * logits] * 2
-        assert memory["torch.bfloat16"] == {64: bf16, 256: bf16}
-        assert memory["one chunk"] == {64: [64 // ROWS * 4 * logits]}  # kept for backward, which overwrites it
-
-
-def test_the_default_budget_is_a_few_hundred_rows_of_a_large_vocabulary():
-    assert logprobs.CHUNK_BYTES // (4 * 128256) >= 500
-    assert logprobs.CHUNK_BYTES // (4 * 49152) == 1365
 
 
 def test_sequence_sums_by_hand():

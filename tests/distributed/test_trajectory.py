@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from allocations import Allocations
+from allocations import HeadWatch
 from harness import Worlds
 from trajectory import ADAM, GLOBAL_BATCH, GRADIENT, PAPER, SGD, Job, make_files
 
@@ -139,39 +139,13 @@ Storing the weights in float32 costs 2e-5 of steps of 1e-4."""
 def run_case(case: Case, root: Path) -> dict:
     from nemo_kto.distributed import logprobs
 
-    job, shipped = Job(case.overrides(root)), logprobs.CHUNK_BYTES
+    job = Job(case.overrides(root))
     if case.head_rows is None:
         return train(job)
     watch = HeadWatch(job, columns=-(-job.arch.vocab_size // case.tp))
-    logprobs.CHUNK_BYTES = 4 * watch.columns * case.head_rows
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logprobs, "CHUNK_BYTES", 4 * watch.columns * case.head_rows)
         return {**train(job), "watch": watch.seen}
-    finally:
-        logprobs.CHUNK_BYTES = shipped
-
-
-class HeadWatch:
-    """What the first policy pass of a job, all its micro-batches forward and backward, allocates.
-
-    ``seen`` then has ``logits``: the number of elements of one row's logits for each padded position of the largest
-    micro-batch; ``largest``: the elements of the largest tensor; ``rows``: of each tensor as wide as this rank's part
-    of the vocabulary.
-    """
-
-    def __init__(self, job: Job, columns: int) -> None:
-        self.columns = columns
-        self.seen: dict = {}
-        self._passes, self._train = job.step.passes, job.step.passes.train
-        self._passes.train = self._watched
-
-    def _watched(self, batches, *args):
-        self._passes.train = self._train
-        with Allocations() as allocations:
-            totals = self._train(batches, *args)
-        self.seen["logits"] = self.columns * max(batch.samples.tokens.numel() for batch in batches)
-        self.seen["largest"] = max(a.num_bytes for a in allocations.found) // 4
-        self.seen["rows"] = [a.shape[0] for a in allocations.found if a.shape[-1:] == (self.columns,)]
-        return totals
 
 
 def train(job: Job) -> dict:
@@ -311,8 +285,8 @@ def test_layouts_agree_with_each_other(recipe: str, brought) -> None:
 def test_logits_exist_by_the_chunk_only(world: int, name: str, brought) -> None:
     case = CASES[world][name]
     watched = [rank["watch"] for rank in brought(world, name)]
-    assert all(seen["largest"] < seen["logits"] for seen in watched)
     with_head = [seen["rows"] for seen in watched if seen["rows"]]
+    assert all(seen["largest"] < seen["logits"] for seen in watched)
     assert len(with_head) == world // case.pp
     # a buffer in each micro-batch's forward and another in its backward, for many chunks
     assert all(len(rows) == 2 * GLOBAL_BATCH // case.micro // (world // case.tp // case.pp) for rows in with_head)
