@@ -1,4 +1,4 @@
-"""Vocab-parallel log-probabilities, value and gradient, against torch's log_softmax over the full vocabulary."""
+"""The chunked, vocab-parallel head, value and gradients, against float64's log_softmax over the full vocabulary."""
 
 from __future__ import annotations
 
@@ -8,160 +8,178 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
-from torch import Tensor
+from head_inputs import CHUNK_ROWS, HIDDEN, TOKENS, Inputs
 
-from nemo_kto.distributed.logprobs import response_logprobs, sequence_sums, vocab_parallel_logprobs
+from nemo_kto.distributed.logprobs import response_logprobs, sequence_sums
 
 pytestmark = pytest.mark.distributed
 
-HIDDEN, TOKENS = 16, 7
 VOCABS = [(32, 32), (29, 32), (17, 32), (8, 32)]
 """(real, padded): even, uneven, and with ranks that hold padding alone (8 of 32 columns over 4 ranks leaves three)."""
 
-# The shards compute in float32 what torch does, but add exponentials in another order: a few ulp of numbers near 10.
-F32 = {"rtol": 2e-6, "atol": 2e-6}
-# A bf16 gradient carries 8 bits; ours is rounded once from float32, so half an ulp, 2^-9 relative, is the whole error.
-BF16 = {"rtol": 2**-8, "atol": 1e-6}
+F64 = {"rtol": 1e-12, "atol": 1e-12}
+# Logits are below 32, where float32 is 2^-20 = 1e-6 from the truth: in the product, the two differences, the result.
+F32 = {"rtol": 0, "atol": 4e-6}
+# Sums of about 30 products of order 1.
+F32_GRADIENT = {"rtol": 1e-5, "atol": 1e-5}
+# Half a unit in the last place of a bf16 logit below 32 is 2^-4, the target's and those of the log-sum together twice.
+BF16 = {"rtol": 0, "atol": 2**-3}
+# Of a whole gradient: softmax is off by a logit's 2^-4 at most and by a fourth of that on average (most are below 8).
+BF16_GRADIENT = 2**-5
 
 
-def _tensors(vocab: int, padded: int, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden, padded weight, targets and the gradient that arrives; the same on every rank."""
-    generator = torch.Generator().manual_seed(vocab + tokens)
-    hidden = torch.randn(tokens, HIDDEN, generator=generator)
-    weight = torch.randn(padded, HIDDEN, generator=generator)
-    weight[vocab:] = 50.0  # padding that would win the maximum if it were looked at
-    targets = torch.randint(0, vocab, (tokens,), generator=generator)
-    if tokens > 1:
-        targets[0], targets[1] = 0, vocab - 1
-    return hidden.to(dtype), weight.to(dtype), targets, torch.randn(tokens, generator=generator)
+# ------------------------------------------------------------------------------------------------ on the ranks
 
 
-def _shard(full: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    return full.chunk(group.size(), dim=dim)[group.rank()].clone().requires_grad_()
+def _check_exactly(group: dist.ProcessGroup, vocab: int, padded: int, rows: int) -> None:
+    """A float64 head computes in float64: nothing but the formulas can be wrong."""
+    inputs = Inputs.random(vocab, padded, TOKENS, torch.float64)
+    exact, exact_hidden, exact_weight = inputs.exact()
+    logps, hidden, weight = inputs.ours(group, rows)
+    torch.testing.assert_close(logps, exact, **F64)
+    torch.testing.assert_close(hidden, exact_hidden, **F64)
+    torch.testing.assert_close(weight, exact_weight.chunk(group.size())[group.rank()], **F64)
 
 
-def _check_logits(group: dist.ProcessGroup, vocab: int, padded: int, dtype: torch.dtype) -> None:
-    hidden, weight, targets, grad = _tensors(vocab, padded, TOKENS, dtype)
-    logits = hidden @ weight.t()
-    full = logits[:, :vocab].float().requires_grad_()
-    expected = torch.log_softmax(full, dim=1).gather(1, targets[:, None]).squeeze(1)
-    (full_grad,) = torch.autograd.grad(expected, full, grad)
-
-    shard = _shard(logits, group, dim=1)
-    before = shard.detach().clone()
-    got = vocab_parallel_logprobs(shard, targets, group, vocab_size=vocab)
-    (shard_grad,) = torch.autograd.grad(got, shard, grad)
-    assert got.dtype == torch.float32
-    assert shard_grad.dtype == dtype
-    assert torch.equal(shard, before)
-    torch.testing.assert_close(got, expected, **F32)
-    padding = torch.zeros(TOKENS, padded - vocab)
-    mine = torch.cat([full_grad, padding], dim=1).chunk(group.size(), dim=1)[group.rank()]
-    torch.testing.assert_close(shard_grad.float(), mine, **(F32 if dtype == torch.float32 else BF16))
-    first = group.rank() * shard.shape[1]
-    assert not shard_grad[:, max(0, vocab - first) :].any()
+def _check_rounding(group: dist.ProcessGroup, vocab: int, padded: int, rows: int) -> None:
+    inputs = Inputs.random(vocab, padded, TOKENS, torch.float32)
+    exact, exact_hidden, exact_weight = inputs.exact()
+    logps, hidden, weight = inputs.ours(group, rows)
+    assert (logps.dtype, hidden.dtype, weight.dtype) == (torch.float32,) * 3
+    torch.testing.assert_close(logps, exact.float(), **F32)
+    torch.testing.assert_close(hidden, exact_hidden.float(), **F32_GRADIENT)
+    torch.testing.assert_close(weight, exact_weight.chunk(group.size())[group.rank()].float(), **F32_GRADIENT)
+    first = group.rank() * weight.shape[0]
+    assert not weight[max(0, vocab - first) :].any()  # padding
 
 
-def _check_hidden(group: dist.ProcessGroup, vocab: int, padded: int) -> None:
-    """Gradients of hidden (all-reduced) and weight (local), through the projection."""
-    hidden, weight, targets, grad = _tensors(vocab, padded, TOKENS, torch.float32)
-    full_hidden, full_weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    logits = (full_hidden @ full_weight.t())[:, :vocab]
-    expected = torch.log_softmax(logits, dim=1).gather(1, targets[:, None]).squeeze(1)
-    hidden_grad, weight_grad = torch.autograd.grad(expected, [full_hidden, full_weight], grad)
-
-    shard = _shard(weight, group, dim=0)
-    mine = hidden.clone().requires_grad_()
-    got = response_logprobs(mine, shard, targets, group, vocab_size=vocab)
-    got_hidden, got_weight = torch.autograd.grad(got, [mine, shard], grad)
-    torch.testing.assert_close(got, expected, **F32)
-    # Sums of about 30 products of order 1 in another order, hence a larger absolute term.
-    torch.testing.assert_close(got_hidden, hidden_grad, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got_weight, weight_grad.chunk(group.size())[group.rank()], rtol=1e-5, atol=1e-5)
+def _check_bf16(group: dist.ProcessGroup, vocab: int, padded: int, rows: int) -> None:
+    inputs = Inputs.random(vocab, padded, TOKENS, torch.bfloat16)
+    exact, exact_hidden, exact_weight = inputs.exact()
+    logps, hidden, weight = inputs.ours(group, rows)
+    assert (logps.dtype, hidden.dtype, weight.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+    torch.testing.assert_close(logps, exact.float(), **BF16)
+    assert (hidden.double() - exact_hidden).norm() <= BF16_GRADIENT * exact_hidden.norm()
+    mine = exact_weight.chunk(group.size())[group.rank()]
+    assert (weight.double() - mine).norm() <= BF16_GRADIENT * exact_weight.norm()
 
 
-def _check_mixed_precision(group: dist.ProcessGroup) -> None:
-    """Float32 hidden states meet a bf16 head: bf16 projection, float32 result, gradients in their owners' dtypes."""
-    hidden, weight, targets, grad = _tensors(32, 32, TOKENS, torch.bfloat16)
-    shard, mine = _shard(weight, group, dim=0), hidden.float().requires_grad_()
-    got = response_logprobs(mine, shard, targets, group, vocab_size=32)
-    expected = torch.log_softmax((hidden @ weight.t()).float(), dim=1).gather(1, targets[:, None]).squeeze(1)
-    got_hidden, got_weight = torch.autograd.grad(got, [mine, shard], grad)
-    assert (got.dtype, got_hidden.dtype, got_weight.dtype) == (torch.float32, torch.float32, torch.bfloat16)
-    # The bf16 product may round a logit of order 10 to the neighbouring bf16 number when its shape changes.
-    torch.testing.assert_close(got, expected, rtol=0, atol=2**-4)
+def _check_bf16_logits(group: dist.ProcessGroup, rows: int) -> None:
+    """The head is the identity, so logits are bf16 numbers as they are, and the gradient of hidden is theirs."""
+    vocab, padded = 29, 32
+    inputs = Inputs.random(vocab, padded, TOKENS, torch.bfloat16, columns=padded)
+    inputs = Inputs(4 * inputs.hidden, torch.eye(padded).bfloat16(), inputs.targets, inputs.grad, vocab)
+    exact, exact_hidden, _ = inputs.exact()
+    logps, hidden, _ = inputs.ours(group, rows)
+    torch.testing.assert_close(logps, exact.float(), **F32)  # softmax and sums know nothing of bf16
+    # A bf16 gradient carries 8 bits; it is rounded once from float32, so half an ulp, 2^-9 relative, is all.
+    torch.testing.assert_close(hidden.float(), exact_hidden.float(), rtol=2**-8, atol=1e-6)
+    assert not hidden[:, vocab:].any()
+
+
+def _check_bf16_sum(group: dist.ProcessGroup) -> None:
+    """256 chunks push one row of the head the same way. A bf16 sum stands still where a part is half its ulp."""
+    tokens = 256
+    hidden, weight = torch.ones(tokens, 1).bfloat16(), torch.zeros(32, 1).bfloat16()
+    inputs = Inputs(hidden, weight, torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens), 32)
+    _, _, exact = inputs.exact()
+    for rows in (1, 4):
+        _, _, gradient = inputs.ours(group, rows)
+        # Each part is rounded once, and then the sum: 2^-9 each.
+        mine = exact.chunk(group.size())[group.rank()].float()
+        torch.testing.assert_close(gradient.float(), mine, rtol=2**-8, atol=0)
+
+
+def _check_mixed_precision(group: dist.ProcessGroup, rows: int) -> None:
+    """Float32 hidden states meet a bf16 head: as bf16 ones would, and their gradient is float32."""
+    narrow = Inputs.random(32, 32, TOKENS, torch.bfloat16)
+    mixed = Inputs(narrow.hidden.float(), narrow.weight, narrow.targets, narrow.grad, 32)
+    logps, hidden, weight = mixed.ours(group, rows)
+    assert (logps.dtype, hidden.dtype, weight.dtype) == (torch.float32, torch.float32, torch.bfloat16)
+    expected, _, expected_weight = narrow.ours(group, rows)
+    assert torch.equal(logps, expected)
+    assert torch.equal(weight, expected_weight)
+    exact = mixed.exact()[1]
+    assert (hidden.double() - exact).norm() <= BF16_GRADIENT * exact.norm()
 
 
 def _check_no_tokens(group: dist.ProcessGroup) -> None:
-    hidden, weight, targets, grad = _tensors(29, 32, 0, torch.float32)
-    shard, mine = _shard(weight, group, dim=0), hidden.clone().requires_grad_()
-    got = response_logprobs(mine, shard, targets, group, vocab_size=29)
-    got_hidden, got_weight = torch.autograd.grad(got, [mine, shard], grad)
-    assert (got.shape, got_hidden.shape) == ((0,), (0, HIDDEN))
-    assert not got_weight.any()
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = Inputs.random(29, 32, 0, dtype)
+        logps, hidden, weight = inputs.ours(group, 3)
+        assert (logps.shape, hidden.shape) == ((0,), (0, HIDDEN))
+        assert weight.shape == (32 // group.size(), HIDDEN)
+        assert not weight.any()
 
 
 def _check_extreme(group: dist.ProcessGroup) -> None:
     logits = torch.tensor([[1e4, -1e4, 0.0, 3.0], [-1e4, -1e4, -1e4, -1e4]])
-    shard = _shard(logits, group, dim=1)
-    got = vocab_parallel_logprobs(shard, torch.tensor([1, 3]), group, vocab_size=4)
-    torch.testing.assert_close(got, torch.tensor([-2e4, -torch.tensor(4.0).log().item()]), **F32)
-    (grad,) = torch.autograd.grad(got.sum(), shard)
-    assert bool(torch.isfinite(grad).all())
+    inputs = Inputs(logits, torch.eye(4), torch.tensor([1, 3]), torch.ones(2), 4)
+    logps, gradient, _ = inputs.ours(group, 1)
+    torch.testing.assert_close(logps, torch.tensor([-2e4, -torch.tensor(4.0).log().item()]), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(gradient, torch.tensor([[-1.0, 1, 0, 0], [-0.25, -0.25, -0.25, 0.75]]), **F32)
 
 
 def _check_bad_targets(group: dist.ProcessGroup) -> None:
-    got = vocab_parallel_logprobs(
-        _shard(torch.zeros(4, 8), group, 1), torch.tensor([-100, 5, 6, 8]), group, vocab_size=6
+    got = response_logprobs(
+        torch.zeros(4, 2), torch.zeros(8, 2).chunk(group.size())[0], torch.tensor([-100, 5, 6, 8]), group, vocab_size=6
     )
     assert got.isnan().tolist() == [True, False, True, True]
 
 
-def _all_cases(group: dist.ProcessGroup) -> None:
+def _all_formulas(group: dist.ProcessGroup) -> None:
     for vocab, padded in VOCABS:
-        _check_hidden(group, vocab, padded)
-        for dtype in (torch.float32, torch.bfloat16):
-            _check_logits(group, vocab, padded, dtype)
-    _check_mixed_precision(group)
+        for rows in CHUNK_ROWS:
+            _check_exactly(group, vocab, padded, rows)
+
+
+def _all_cases(group: dist.ProcessGroup) -> None:
+    _all_formulas(group)
+    for vocab, padded in VOCABS:
+        _check_rounding(group, vocab, padded, rows=3)
+        _check_bf16(group, vocab, padded, rows=3)
+    for rows in (3, TOKENS):
+        _check_bf16_logits(group, rows)
+        _check_mixed_precision(group, rows)
+    _check_bf16_sum(group)
     _check_no_tokens(group)
     _check_extreme(group)
     _check_bad_targets(group)
 
 
-def _run_without_megatron(rank: int) -> int:
-    # Any look at Megatron's global state needs this import, which None makes fail.
-    assert not any(name.partition(".")[0] == "megatron" for name in sys.modules)
-    sys.modules["megatron"] = None  # type: ignore[assignment]
-    _all_cases(dist.group.WORLD)
-    return rank
-
-
 def _run_in_subgroups(rank: int) -> None:
     """Sizes 1, 2 and 4 out of four ranks; a member that reduced over WORLD would add a stranger's numbers."""
+    # Any look at Megatron's global state needs this import, which None makes fail.
+    assert not any(name.partition(".")[0] == "megatron" for name in sys.modules)
     sys.modules["megatron"] = None  # type: ignore[assignment]
     for size in (1, 2, 4):
         groups = [dist.new_group(list(range(first, first + size))) for first in range(0, 4, size)]
         mine = groups[rank // size]
         _all_cases(mine)
         # Subgroups hold different data and different numbers of tokens, so none may wait for another.
-        hidden, weight, targets, _ = _tensors(29, 32, 3 + rank // size, torch.float32)
-        got = response_logprobs(hidden, _shard(weight, mine, 0), targets, mine, vocab_size=29)
-        expected = torch.log_softmax((hidden @ weight.t())[:, :29], dim=1).gather(1, targets[:, None]).squeeze(1)
-        torch.testing.assert_close(got, expected, **F32)
+        inputs = Inputs.random(29, 32, 3 + rank // size, torch.float32)
+        torch.testing.assert_close(inputs.ours(mine, 1)[0], inputs.exact()[0].float(), **F32)
     # Interleaved members, as a data-parallel neighbour would sit.
     evens, odds = dist.new_group([0, 2]), dist.new_group([1, 3])
-    _all_cases(odds if rank % 2 else evens)
+    _all_formulas(odds if rank % 2 else evens)
 
 
-def _count_collectives_of_one(rank: int) -> list[str]:
-    called: list[str] = []
-    dist.all_reduce = lambda *args, **kwargs: called.append("all_reduce")
-    _all_cases(dist.group.WORLD)
-    return called
+def _run_alone(rank: int) -> None:
+    """gradcheck, and that a group of one communicates nothing: it could not."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a group of one has nobody to talk to")
+
+    dist.all_reduce = refuse
+    group = dist.group.WORLD
+    _all_cases(group)
+    inputs = Inputs.random(7, 8, 5, torch.float64, columns=3)
+    pair = inputs.hidden.requires_grad_(), inputs.weight.requires_grad_()
+    for rows in (1, 2, 5):
+        assert torch.autograd.gradcheck(lambda hidden, weight, n=rows: inputs.logps(hidden, weight, group, n), pair)
 
 
-def test_tensor_parallel_two():
-    assert run_ranks(2, _run_without_megatron) == [0, 1]
+# ------------------------------------------------------------------------------------------------ tests
 
 
 def test_subgroups_of_one_two_and_four():
@@ -169,7 +187,7 @@ def test_subgroups_of_one_two_and_four():
 
 
 def test_a_group_of_one_communicates_nothing():
-    assert run_ranks(1, _count_collectives_of_one) == [[]]
+    run_ranks(1, _run_alone)
 
 
 def test_sequence_sums_by_hand():

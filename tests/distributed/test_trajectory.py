@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from allocations import HeadWatch
 from harness import Worlds
-from trajectory import ADAM, GRADIENT, Job, make_files
+from trajectory import ADAM, GLOBAL_BATCH, GRADIENT, Job, make_files
 from trajectory_cases import AHEAD_2, CASES, LOOKED_AHEAD, RECIPES, RECOMPUTED, Case
 
 pytestmark = pytest.mark.distributed
@@ -29,11 +30,22 @@ Storing the weights in float32 costs 2e-5 of steps of 1e-4."""
 
 
 def run_case(case: Case, root: Path) -> dict:
+    from nemo_kto.distributed import logprobs
+
+    job = Job(case.overrides(root))
+    if case.head_rows is None:
+        return train(job)
+    watch = HeadWatch(job, columns=-(-job.arch.vocab_size // case.tp))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logprobs, "CHUNK_BYTES", 4 * watch.columns * case.head_rows)
+        return {**train(job), "watch": watch.seen}
+
+
+def train(job: Job) -> dict:
     """Train, as the NeMo model does; metrics by step, the first step's gradients, the trained weights."""
     from nemo_kto.training.metrics import named_means
     from nemo_kto.training.optim import set_learning_rate
 
-    job = Job(case.overrides(root))
     optim, groups = job.config.model.optim, job.groups
     history: list[dict] = []
     gradients = {}
@@ -161,6 +173,20 @@ def test_layouts_agree_with_each_other(recipe: str, brought) -> None:
     assert len(ways) >= 3
     first, *others = [brought(*way)[0]["history"] for way in ways]
     assert [RECIPES[recipe].deviations(history, first) for history in others] == [[]] * len(others)
+
+
+@pytest.mark.parametrize(
+    ("world", "name"), [(world, name) for world in CASES for name, case in CASES[world].items() if case.head_rows]
+)
+def test_logits_exist_by_the_chunk_only(world: int, name: str, brought) -> None:
+    case = CASES[world][name]
+    watched = [rank["watch"] for rank in brought(world, name)]
+    with_head = [seen["rows"] for seen in watched if seen["rows"]]
+    assert all(seen["largest"] < seen["logits"] for seen in watched)
+    assert len(with_head) == world // case.pp
+    # a buffer in each micro-batch's forward and another in its backward, for many chunks
+    assert all(len(rows) == 2 * GLOBAL_BATCH // case.micro // (world // case.tp // case.pp) for rows in with_head)
+    assert max(map(max, with_head)) == case.head_rows
 
 
 def assert_bit_equal(ones: list[dict], others: list[dict]) -> None:
