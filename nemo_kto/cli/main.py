@@ -96,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] not in VERBS:
         _answer_without_verb(arguments)
     verb = arguments[0]
+    # Before torch starts its threads: those that wait for each other sleep. Spinning counts as work, and where cores
+    # are shared it keeps the one that would end the wait from running.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     module = importlib.import_module(_module_name(verb))
     parser = argparse.ArgumentParser(
         prog=f"nemo-kto {verb}",
