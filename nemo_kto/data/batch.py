@@ -61,6 +61,11 @@ def regroup(rows: Sequence[Rows], size: int) -> list[Rows]:
     ]
 
 
+def split_rows(rows: Sequence[Rows]) -> list[Rows]:
+    """The same rows in the same order, each for itself, padded as it was: views, one row each."""
+    return [Rows(r.tokens[i : i + 1], r.labels[i : i + 1]) for r in rows for i in range(r.tokens.size(0))]
+
+
 def ungroup(values: Sequence[Tensor], rows: Sequence[Rows]) -> list[Tensor]:
     """Numbers per row, one tensor per group of :func:`regroup`, cut as the ``rows`` were: [B_i] per entry."""
     return list(torch.cat(list(values)).split([r.tokens.size(0) for r in rows]))
