@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import NoReturn
 
 INTEGERS = (
-    *("step", "consumed_samples", "num_desirable", "num_undesirable", "kl_pairs", "tokens", "peak_memory_bytes"),
+    *(
+        "step",
+        "consumed_samples",
+        "num_desirable",
+        "num_undesirable",
+        "kl_pairs",
+        "tokens",
+        "peak_memory_bytes",
+        "reference_bytes",
+    ),
     "skipped_steps",
 )
 MEANS = (

@@ -210,7 +210,11 @@ def _objective(kto: KTOConfig) -> Iterator[str]:
         model__kto__preference_loss_weight=kto.preference_loss_weight,
         model__kto__sft_loss_weight=kto.sft_loss_weight,
     )
-    yield from _at_least(1, model__kto__log_prob_forward_micro_batch_size=kto.log_prob_forward_micro_batch_size)
+    yield from _at_least(
+        1,
+        model__kto__log_prob_forward_micro_batch_size=kto.log_prob_forward_micro_batch_size,
+        model__kto__reference_lookahead=kto.reference_lookahead,
+    )
     if kto.preference_loss_weight == 0 and kto.sft_loss_weight == 0:
         yield "model.kto: preference_loss_weight and sft_loss_weight are both 0, so nothing would be learnt"
     if kto.desirable_loss_weight == 0 and kto.undesirable_loss_weight == 0 and kto.preference_loss_weight > 0:

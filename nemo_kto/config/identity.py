@@ -15,7 +15,13 @@ DATA = "model.data.data_prefix.train"
 TOKENIZER = "tokenizer"
 BATCH_SIZE = "model.global_batch_size"
 NETWORK = "network"
-_FREE_KTO_KEYS = ("log_prob_forward_micro_batch_size", "reference", "reference_from_path", "reference_cache_dir")
+_FREE_KTO_KEYS = (
+    "log_prob_forward_micro_batch_size",
+    "reference",
+    "reference_from_path",
+    "reference_lookahead",
+    "reference_cache_dir",
+)
 """Of ``model.kto``: how the same numbers are computed, and paths."""
 _LORA_KEYS = ("target_modules", "adapter_dim", "alpha", "layer_selection")
 _DATA_KEYS = ("seq_length", "shuffle", "append_eos", "overlong")

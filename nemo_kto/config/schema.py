@@ -88,6 +88,7 @@ class KTOConfig:
     sft_loss_weight: float
     reference: str
     reference_from_path: str
+    reference_lookahead: int
     reference_cache_dir: str
     fixed_pairs: bool
     kl_clamp: str

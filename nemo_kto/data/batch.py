@@ -112,14 +112,27 @@ class KTOBatch:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """This data-parallel rank's share of one global batch, cut into micro-batches, with the global counts."""
+    """This data-parallel rank's share of one global batch, cut into micro-batches, with the global counts.
+
+    Attributes:
+        micro_batches: in order; none where the global batch has fewer samples than there are ranks.
+        counts: of the global batch.
+        number: the training step (from 0, across epochs) that this batch is for; None in validation.
+        upcoming: shares of the steps that come next, for whoever looks ahead. They have none themselves.
+    """
 
     micro_batches: tuple[KTOBatch, ...]
     counts: BatchCounts
+    number: int | None = None
+    upcoming: tuple[StepBatch, ...] = ()
 
     def __iter__(self) -> Iterator[KTOBatch]:
         return iter(self.micro_batches)
 
     def to(self, device: torch.device) -> StepBatch:
-        """The same share on ``device``."""
-        return replace(self, micro_batches=tuple(b.to(device) for b in self.micro_batches))
+        """The same share on ``device``, and those that come next."""
+        return replace(
+            self,
+            micro_batches=tuple(b.to(device) for b in self.micro_batches),
+            upcoming=tuple(step.to(device) for step in self.upcoming),
+        )

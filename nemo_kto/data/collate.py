@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from nemo_kto.data.batch import IGNORE, KTOBatch, Rows, StepBatch
+from nemo_kto.data.fixed_pairs import NONE
 from nemo_kto.data.store import TokenStore
 from nemo_kto.objective.counts import BatchCounts
 from nemo_kto.objective.pairing import mismatched_partners
@@ -30,6 +31,8 @@ class BatchLayout:
         seq_length: longest row in tokens; a KL row loses the end of its response beyond it.
         pad_multiple: rows are padded to a multiple of it (of the tensor-parallel size, with sequence parallelism).
         needs_kl: whether the objective uses the mismatched pairs.
+        fixed_partners: [n] int64, for each row of the store its partner's, from
+            :func:`~nemo_kto.data.fixed_pairs.fixed_partners`; None: partners are found within each global batch.
     """
 
     dp_rank: int
@@ -39,13 +42,14 @@ class BatchLayout:
     seq_length: int
     pad_multiple: int
     needs_kl: bool
+    fixed_partners: IntArray | None = field(default=None, compare=False)
 
 
 def collate_step(store: TokenStore, indices: IntArray, layout: BatchLayout) -> StepBatch:
     """Build this data-parallel rank's share of one global batch.
 
-    Pairing looks at the whole global batch, in its order, before anything is cut: it depends on neither ranks nor
-    micro-batches, and neither do the counts. The rank takes the contiguous share [rank N / DP, (rank + 1) N / DP), and
+    Pairing looks at the whole global batch, in its order, before anything is cut, unless partners are fixed: it depends
+    on neither ranks nor micro-batches, and neither do the counts. The rank takes the contiguous share [rank N / DP, (rank + 1) N / DP), and
     cuts it into micro-batches in order. Where N does not divide (the last batch of validation) shares differ by one
     sample, the last micro-batch is smaller, and a share may be empty.
 
@@ -119,10 +123,17 @@ def _partners(store: TokenStore, indices: IntArray, layout: BatchLayout) -> list
     """For each sample of the global batch the row of the store whose response it is paired with, if any."""
     if not layout.needs_kl:
         return [None] * len(indices)
+    fixed = layout.fixed_partners
+    found = _within(store, indices) if fixed is None else fixed[indices].tolist()
+    has_room = store.prompt_lengths[indices] < layout.seq_length
+    return [m if m not in (None, NONE) and room else None for m, room in zip(found, has_room, strict=True)]
+
+
+def _within(store: TokenStore, indices: IntArray) -> list[int | None]:
+    """Rows of the global batch itself as partners, in its order."""
     rows = [int(i) for i in indices]
     places = mismatched_partners([store.prompt_key(i) for i in rows], [store.response_key(i) for i in rows])
-    has_room = store.prompt_lengths[indices] < layout.seq_length
-    return [rows[m] if m is not None and room else None for m, room in zip(places, has_room, strict=True)]
+    return [None if m is None else rows[m] for m in places]
 
 
 def _micro_batch(

@@ -54,12 +54,15 @@ class LoadedStep(StepBatch):
 _Arrays: TypeAlias = list[list[Any]]
 
 
-def _pack(step: LoadedStep) -> tuple[Callable[[_Arrays, BatchCounts], LoadedStep], tuple[_Arrays, BatchCounts]]:
-    return _unpack, ([[t.numpy() for t in _tensors(batch)] for batch in step], step.counts)
+_Packed: TypeAlias = tuple[_Arrays, BatchCounts, int | None]
 
 
-def _unpack(arrays: _Arrays, counts: BatchCounts) -> LoadedStep:
-    return LoadedStep(tuple(_batch(map(torch.from_numpy, columns)) for columns in arrays), counts)
+def _pack(step: LoadedStep) -> tuple[Callable[[_Arrays, BatchCounts, int | None], LoadedStep], _Packed]:
+    return _unpack, ([[t.numpy() for t in _tensors(batch)] for batch in step], step.counts, step.number)
+
+
+def _unpack(arrays: _Arrays, counts: BatchCounts, number: int | None) -> LoadedStep:
+    return LoadedStep(tuple(_batch(map(torch.from_numpy, columns)) for columns in arrays), counts, number)
 
 
 # torch would send every tensor as a file descriptor: hundreds per step at micro-batch size 1, thousands with
@@ -68,14 +71,19 @@ ForkingPickler.register(LoadedStep, _pack)
 
 
 class StepDataset(Dataset[StepBatch]):
-    """Maps a step number (from 0, across epochs) to this rank's share of that step's global batch."""
+    """Maps a step number (from 0, across epochs) to this rank's share of that step's global batch.
 
-    def __init__(self, store: TokenStore, sampler: GlobalBatchSampler, layout: BatchLayout) -> None:
-        self.store, self.sampler, self.layout = store, sampler, layout
+    Only batches of training (``numbered``) say which step they are for.
+    """
+
+    def __init__(
+        self, store: TokenStore, sampler: GlobalBatchSampler, layout: BatchLayout, *, numbered: bool = False
+    ) -> None:
+        self.store, self.sampler, self.layout, self._numbered = store, sampler, layout, numbered
 
     def __getitem__(self, step: int) -> StepBatch:
         batch = collate_step(self.store, self.sampler.batch_indices(step), self.layout)
-        return LoadedStep(batch.micro_batches, batch.counts)
+        return LoadedStep(batch.micro_batches, batch.counts, step if self._numbered else None)
 
 
 class StepSampler(Sampler[int]):
@@ -99,14 +107,20 @@ class StepSampler(Sampler[int]):
 
 
 class StepLoader(DataLoader[StepBatch]):
-    """A torch loader of whole steps. Says once if samples lack a partner; order and content ignore ``num_workers``."""
+    """A torch loader of whole steps. Says once if samples lack a partner; order and content ignore ``num_workers``.
 
-    def __init__(self, dataset: StepDataset, steps: StepSampler, num_workers: int) -> None:
+    Steps are built in windows of ``lookahead``, and handed out one by one. The first of a window brings the others as
+    its ``upcoming``. Windows begin where the iteration does.
+    """
+
+    def __init__(self, dataset: StepDataset, steps: StepSampler, num_workers: int, lookahead: int = 1) -> None:
         self._warns_of_lonely = dataset.layout.needs_kl and dataset.layout.dp_rank == 0
+        self._num_steps = len(steps)
         super().__init__(
             dataset,
             sampler=steps,
-            batch_size=None,
+            batch_size=lookahead,
+            collate_fn=list,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             multiprocessing_context=_worker_context() if num_workers else None,
@@ -116,9 +130,13 @@ class StepLoader(DataLoader[StepBatch]):
             generator=torch.Generator(),
         )
 
+    def __len__(self) -> int:
+        """Steps, not windows."""
+        return self._num_steps
+
     def __iter__(self) -> Any:
         """Iterate over steps (torch declares a private iterator type here; Lightning only iterates)."""
-        return self._watched(super().__iter__())
+        return self._watched(_one_by_one(super().__iter__()))
 
     def _watched(self, steps: Iterator[StepBatch]) -> Iterator[StepBatch]:
         for step in steps:
@@ -133,6 +151,12 @@ class StepLoader(DataLoader[StepBatch]):
                     step.counts.num_samples,
                 )
             yield step
+
+
+def _one_by_one(windows: Iterator[list[StepBatch]]) -> Iterator[StepBatch]:
+    for first, *upcoming in windows:
+        yield replace(first, upcoming=tuple(upcoming))
+        yield from upcoming
 
 
 def _worker_context() -> Any:
@@ -201,9 +225,14 @@ def train_loader(
     total_steps: int,
     start_step: int = 0,
     num_workers: int = 0,
+    lookahead: int = 1,
 ) -> StepLoader:
-    """A loader over steps ``start_step`` .. ``total_steps`` - 1 of the whole run; its length is ``total_steps``."""
-    return StepLoader(StepDataset(store, sampler, layout), StepSampler(total_steps, start_step), num_workers)
+    """A loader over steps ``start_step`` .. ``total_steps`` - 1 of the whole run; its length is ``total_steps``.
+
+    Every ``lookahead``-th batch brings the steps up to the next such one.
+    """
+    dataset = StepDataset(store, sampler, layout, numbered=True)
+    return StepLoader(dataset, StepSampler(total_steps, start_step), num_workers, lookahead)
 
 
 def validation_loader(

@@ -6,6 +6,7 @@ after the other; the tests then look at what the ranks brought back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +45,8 @@ HALVED = (
     "model.kto.undesirable_loss_weight=2.5",
 )
 SCORE_4 = "model.kto.log_prob_forward_micro_batch_size=4"
+AHEAD_2, AHEAD_3 = ("model.kto.reference_lookahead=2",), ("model.kto.reference_lookahead=3",)
+"""Ten steps of two epochs are windows of 2 2 2 2 2, and of 3 3 3 1: over the end of an epoch, and cut off by the end."""
 
 
 def layout_words(tp: int, pp: int, micro: int) -> list[str]:
@@ -73,6 +76,8 @@ CASES = {
         "mb2": Case("sgd"),
         "mb4": Case("sgd", micro=4),
         "mb2-score4": Case("sgd", extra=(SCORE_4,)),
+        "mb2-ahead": Case("sgd", extra=AHEAD_3),
+        "mb2-score4-ahead": Case("sgd", extra=(SCORE_4, *AHEAD_2)),
         "mb2-selective": Case("sgd", extra=(SELECTIVE,)),
         "mb2-full": Case("sgd", extra=FULL),
         "adam-mb4": Case("adam", micro=4),
@@ -88,12 +93,14 @@ CASES = {
         "dp2-mb1": Case("sgd", micro=1),
         "dp2-paper": Case("paper"),
         "dp2-dist-overlap": Case("adam", micro=1, extra=OVERLAP),
+        "dp2-dist-overlap-ahead": Case("adam", micro=1, extra=(*OVERLAP, *AHEAD_3)),
         "dp2-apo": Case("apo", micro=1),
         "dp2-averages": Case("averages", extra=(DIST, OVERLAP_GRADS)),
         "pp2-mb1": Case("sgd", pp=2, micro=1),
         "pp2-tied": Case("tied", pp=2, extra=(DIST,)),
         "pp2-tied_sgd": Case("tied_sgd", pp=2, micro=1),
         "pp2-paper-score4": Case("paper", pp=2, extra=(SCORE_4,)),
+        "pp2-mb1-ahead": Case("sgd", pp=2, micro=1, extra=AHEAD_3),
         "pp2-full": Case("sgd", pp=2, micro=1, extra=FULL),
         "tp2-mb2": Case("sgd", tp=2),
         "tp2-tied": Case("tied", tp=2, micro=4),
@@ -101,6 +108,7 @@ CASES = {
         "tp2sp-adam": Case("adam", tp=2, extra=(SEQUENCE,)),
         "tp2sp-averages": Case("averages", tp=2, micro=4, extra=(SEQUENCE,)),
         "tp2sp-sgd": Case("sgd", tp=2, extra=(SEQUENCE,)),
+        "tp2sp-sgd-ahead": Case("sgd", tp=2, extra=(SEQUENCE, *AHEAD_2)),
         "tp2sp-full": Case("sgd", tp=2, extra=(SEQUENCE, *FULL)),
         "tp2sp-selective": Case("sgd", tp=2, extra=(SEQUENCE, SELECTIVE)),
     },
@@ -117,12 +125,19 @@ CASES = {
         "tp2pp2sp-apo": Case("apo", tp=2, pp=2, micro=4, extra=(SEQUENCE,)),
     },
 }
-BIT_EQUAL = [
+RECOMPUTED = [
     (1, "mb2", "mb2-selective"),
     (1, "mb2", "mb2-full"),
     (2, "pp2-mb1", "pp2-full"),
     (2, "tp2sp-sgd", "tp2sp-full"),
     (2, "tp2sp-sgd", "tp2sp-selective"),
+]
+LOOKED_AHEAD = [
+    (1, "mb2"),
+    (1, "mb2-score4"),
+    (2, "dp2-dist-overlap"),
+    (2, "pp2-mb1"),
+    (2, "tp2sp-sgd"),
 ]
 TRAVEL = {"sgd": GRADIENT, "adamw": 1e-3}
 """Of the way all weights go together. SGD's way is a sum of gradients. Adam divides a gradient by its own size, so an
@@ -150,9 +165,12 @@ def run_case(case: Case, root: Path) -> dict:
             gradients = job.whole(lambda parameter: parameter.main_grad)
         _, norm, _ = job.optimizer.step()
         history.append({**named_means(sums, batch.counts, job.settings.beta), "grad_norm": float(norm)})
+    moved = job.swap.bytes_moved
     with job.swap.swapped():  # ends gathers that overlap_param_sync left for a next forward that does not come
         pass
-    return {"history": history, "gradients": gradients, "weights": job.whole(lambda parameter: parameter)}
+    weights = job.whole(lambda parameter: parameter)
+    swaps = moved / (job.swap.bytes_moved - moved)
+    return {"history": history, "gradients": gradients, "weights": weights, "swaps": swaps}
 
 
 def run_world(rank: int, world: int, root: Path) -> dict[str, dict]:
@@ -265,8 +283,22 @@ def test_layouts_agree_with_each_other(recipe: str, brought) -> None:
     assert [RECIPES[recipe].deviations(history, first) for history in others] == [[]] * len(others)
 
 
-@pytest.mark.parametrize(("world", "plain", "recomputed"), BIT_EQUAL)
-def test_recomputing_activations_changes_no_bit(world: int, plain: str, recomputed: str, brought) -> None:
-    for one, other in zip(brought(world, plain), brought(world, recomputed), strict=True):
+def assert_bit_equal(ones: list[dict], others: list[dict]) -> None:
+    """Metrics of every step and weights at the end, on every rank."""
+    for one, other in zip(ones, others, strict=True):
         assert one["history"] == other["history"]
+        assert one["weights"].keys() == other["weights"].keys()
         assert all(torch.equal(tensor, other["weights"][name]) for name, tensor in one["weights"].items())
+
+
+@pytest.mark.parametrize(("world", "plain", "recomputed"), RECOMPUTED)
+def test_recomputing_activations_changes_no_bit(world: int, plain: str, recomputed: str, brought) -> None:
+    assert_bit_equal(brought(world, plain), brought(world, recomputed))
+
+
+@pytest.mark.parametrize(("world", "plain"), LOOKED_AHEAD)
+def test_looking_ahead_changes_no_bit(world: int, plain: str, brought) -> None:
+    assert_bit_equal(brought(world, plain), brought(world, f"{plain}-ahead"))
+    assert {rank["swaps"] for rank in brought(world, plain)} == {10}
+    window = 2 if AHEAD_2[0] in CASES[world][f"{plain}-ahead"].extra else 3
+    assert {rank["swaps"] for rank in brought(world, f"{plain}-ahead")} == {math.ceil(10 / window)}

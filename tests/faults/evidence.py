@@ -14,7 +14,7 @@ from nemo_kto.config import manifest
 from nemo_kto.config.locate import checkpoint_steps
 from nemo_kto.errors import CheckpointError
 
-_CLOCK = ("step_time_s", "tokens_per_second", "peak_memory_bytes")
+_CLOCK = ("step_time_s", "tokens_per_second", "peak_memory_bytes", "reference_bytes")
 
 
 @dataclass

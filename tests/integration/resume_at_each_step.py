@@ -1,7 +1,7 @@
 """Run by test_resume_exact.py in one process, since importing NeMo costs seconds: one run, then from many steps.
 
-Usage: resume_at_each_step.py DIRECTORY STEPS OVERRIDE...   The run goes to DIRECTORY/whole, and what goes on from its
-checkpoint of step K to DIRECTORY/from-K.
+Usage: resume_at_each_step.py DIRECTORY A,K:B,... OVERRIDE...   The run, which looks A global batches ahead, goes to
+DIRECTORY/whole, and what goes on from its checkpoint of step K, looking B ahead, to DIRECTORY/from-K.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def resume(whole: Path, step: int, words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    root, steps, overrides = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
-    train(root / "whole", overrides)
-    for number in steps.split(","):
-        resume(root / "whole", int(number), overrides)
+    root, (first, *others), overrides = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:]
+    lookahead = "model.kto.reference_lookahead"
+    train(root / "whole", [*overrides, f"{lookahead}={first}"])
+    for step, ahead in (other.split(":") for other in others):
+        resume(root / "whole", int(step), [*overrides, f"{lookahead}={ahead}"])

@@ -15,7 +15,8 @@ from nemo_kto.config.locate import checkpoint_steps
 ROOT = Path(__file__).resolve().parent.parent.parent
 BATCH, ROWS, HELDOUT, BETA = 4, 22, 6, 0.5
 STEPS_PER_EPOCH = ROWS // BATCH  # 5, and 2 rows left over
-CLOCK = ("step_time_s", "tokens_per_second", "peak_memory_bytes")
+CLOCK = ("step_time_s", "tokens_per_second", "peak_memory_bytes", "reference_bytes")
+"""What a step cost."""
 
 
 @dataclass(frozen=True)

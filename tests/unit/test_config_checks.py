@@ -108,6 +108,12 @@ CASES = [
         1,
         "model.kto.reference=adapters_off needs adapters: set model.peft.peft_scheme=lora, or use swap",
     ),
+    (["model.kto.reference_lookahead=0"], 1, "model.kto.reference_lookahead=0 must be at least 1"),
+    (
+        [*LORA, "model.kto.reference_lookahead=2"],
+        1,
+        "model.kto.reference_lookahead=2 saves weight swaps, and model.kto.reference=adapters_off has none to save",
+    ),
     (["model.kto.reference=mirror"], 1, "model.kto.reference=mirror is not one of auto, swap, adapters_off"),
     (["model.kto.ref_policy_kl_penalty=0"], 1, "model.kto.ref_policy_kl_penalty=0.0 must be above 0"),
     (["model.kto.desirable_loss_weight=-1"], 1, "model.kto.desirable_loss_weight=-1.0 must be at least 0"),

@@ -87,6 +87,29 @@ def test_workers_change_nothing(store, sampler):
     two._iterator._shutdown_workers()
 
 
+def _numbers(loader) -> list[list[int | None]]:
+    return [[step.number, *(s.number for s in step.upcoming)] for step in loader]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_windows_bring_the_steps_that_come_next(store, sampler, workers):
+    """Over the end of an epoch (3 steps) and of the data, from any step, and without changing any batch."""
+    whole = list(train_loader(store, sampler, LAYOUT, total_steps=7))
+    ahead = train_loader(store, sampler, LAYOUT, total_steps=7, start_step=2, num_workers=workers, lookahead=3)
+    assert len(ahead) == 7
+    assert _numbers(ahead) == [[2, 3, 4], [3], [4], [5, 6], [6]]
+    assert _numbers(ahead) == [[0, 1, 2], [1], [2], [3, 4, 5], [4], [5], [6]]
+    steps = list(ahead)
+    assert [contents(step) for step in steps] == [contents(step) for step in whole]
+    assert [contents(s) for step in steps for s in step.upcoming] == [contents(whole[n]) for n in (1, 2, 4, 5)]
+    if workers:
+        ahead._iterator._shutdown_workers()
+
+
+def test_validation_batches_have_no_number_and_look_at_nothing(store, sampler):
+    assert _numbers(validation_loader(store, sampler, LAYOUT)) == [[None]] * 3
+
+
 ORPHANS = """
     import sys, time
     from data_kit import make_store, random_rows
@@ -195,7 +218,7 @@ def test_class_balance(counts, weights, normalization, expected):
 def test_imbalance_is_logged(tmp_path, caplog):
     rows = [(p, r, i < 2) for i, (p, r, _) in enumerate(random_rows(20))]
     summary = make_store(tmp_path / "s", rows).summary
-    kto = KTOConfig(1, 0.1, 1.0, 1.0, False, False, 1.0, 0.0, "swap", "", "per_sample", "per_class", "kto")
+    kto = KTOConfig(1, 0.1, 1.0, 1.0, False, False, 1.0, 0.0, "swap", "", 1, "per_sample", "per_class", "kto")
     with caplog.at_level(logging.WARNING):
         warn_of_imbalance(summary, kto)
         assert caplog.text == ""

@@ -53,6 +53,7 @@ FREE = [
     "model.micro_batch_size=2",
     "model.kto.log_prob_forward_micro_batch_size=4",
     "model.kto.reference_from_path=elsewhere",
+    "model.kto.reference_lookahead=4",
     "model.tensor_model_parallel_size=2",
     "model.pipeline_model_parallel_size=2",
     "model.optim.lr=1",
@@ -85,7 +86,8 @@ def test_a_network_that_computes_otherwise_is_another_one():
 
 def test_every_setting_of_the_loss_is_either_compared_or_said_to_be_free():
     named = {word.split("=")[0].removeprefix("model.kto.") for word in MATTERS if word.startswith("model.kto.")}
-    named |= {"preference_average_log_probs", "log_prob_forward_micro_batch_size", "reference", "reference_from_path"}
+    named |= {word.split("=")[0].removeprefix("model.kto.") for word in FREE if word.startswith("model.kto.")}
+    named |= {"preference_average_log_probs", "reference"}
     assert named == set(KTOConfig.__dataclass_fields__)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -34,8 +36,8 @@ def micro_batch(*first: int, width: int = 3) -> KTOBatch:
     return KTOBatch(rows(*first, width=width), pairs, flags, flags, torch.tensor(first))
 
 
-def share(*batches: KTOBatch) -> StepBatch:
-    return StepBatch(batches, BatchCounts(0, 0, 0, 0, 0))
+def share(*batches: KTOBatch, number: int | None = None, upcoming: tuple[StepBatch, ...] = ()) -> StepBatch:
+    return StepBatch(batches, BatchCounts(0, 0, 0, 0, 0), number, upcoming)
 
 
 def columns(step: StepBatch) -> list[tuple[list[float], list[float]]]:
@@ -80,3 +82,68 @@ def test_all_ranks_call_and_only_the_last_stage_has_numbers(step):
 
 def test_a_share_without_rows_has_no_columns():
     assert ReferenceColumns(Told(), micro_batch_size=2, needs_kl=True).score(share()).micro_batches == ()
+
+
+def steps(first: int, last: int) -> list[StepBatch]:
+    """Training steps of two micro-batches, the last one smaller; their tokens tell the step."""
+    return [
+        share(micro_batch(10 * n + 1, 10 * n + 2), micro_batch(10 * n + 3), number=n) for n in range(first, last + 1)
+    ]
+
+
+def window(first: int, last: int) -> list[StepBatch]:
+    """As the loader hands them out: the first brings the others."""
+    step, *upcoming = steps(first, last)
+    return [replace(step, upcoming=tuple(upcoming)), *upcoming]
+
+
+def wanted(n: int) -> list[tuple[list[float], list[float]]]:
+    tokens = [[10 * n + 1, 10 * n + 2], [10 * n + 3]]
+    return [([float(t) for t in part], [float(t + 100) for t in part]) for part in tokens]
+
+
+def test_a_window_takes_one_call_and_every_step_gets_its_own_numbers():
+    told = Told()
+    scorer = ReferenceColumns(told, micro_batch_size=2, needs_kl=True)
+    scored = [scorer.score(step) for step in [*window(4, 6), *window(7, 8)]]
+    assert [columns(step) for step in scored] == [wanted(n) for n in range(4, 9)]
+    assert [len(call) for call in told.calls] == [12, 8]
+    assert all(step.upcoming == () for step in scored)
+    assert scorer._ahead == {}
+
+
+def test_a_validation_in_the_middle_of_a_window_disturbs_nothing():
+    told = Told()
+    scorer = ReferenceColumns(told, micro_batch_size=2, needs_kl=True)
+    first, second, third = window(0, 2)
+    scorer.score(first)
+    assert columns(scorer.score(ODD)) == [([1, 2], [101, 102]), ([3], [103])]
+    assert columns(scorer.score(second)) == wanted(1)
+    scorer.score(ODD)
+    assert columns(scorer.score(third)) == wanted(2)
+    assert [len(call) for call in told.calls] == [12, 4, 4]
+
+
+def test_windows_may_begin_anywhere():
+    """A loader that begins anew (a run that is resumed in the same process) may cut its windows elsewhere."""
+    told = Told()
+    scorer = ReferenceColumns(told, micro_batch_size=2, needs_kl=True)
+    scorer.score(window(0, 2)[0])
+    begun_anew = [columns(scorer.score(step)) for step in [*window(4, 5), *window(6, 6)]]
+    assert begun_anew == [wanted(4), wanted(5), wanted(6)]
+    assert scorer._ahead == {}, "what never came is not kept for ever"
+    assert len(told.calls) == 3
+
+
+def test_other_stages_do_not_ask_again_either():
+    told = Told(last_stage=False)
+    scorer = ReferenceColumns(told, micro_batch_size=2, needs_kl=True)
+    for step in window(0, 2):
+        assert all(b.ref_logps is None for b in scorer.score(step))
+    assert len(told.calls) == 1
+
+
+def test_upcoming_steps_move_to_the_device_too():
+    step = window(0, 2)[0].to(torch.device("meta"))
+    assert [s.number for s in (step, *step.upcoming)] == [0, 1, 2]
+    assert all(b.samples.tokens.is_meta for s in step.upcoming for b in s)
