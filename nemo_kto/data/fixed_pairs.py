@@ -1,4 +1,4 @@
-"""Mismatched partners that stay over all epochs. The rule is that of ``objective/pairing.py``, for millions of rows."""
+"""Mismatched partners that stay over all epochs. ``objective/pairing.py``'s rule, for millions of rows."""
 
 from __future__ import annotations
 
@@ -31,8 +31,11 @@ def fixed_partners(store: TokenStore, order: IntArray) -> IntArray:
 
 def _ids(keys: NDArray[np.uint64]) -> IntArray:
     """[n] small integers that are equal where the [n, 2] keys are."""
-    _, ids = np.unique(np.ascontiguousarray(keys), axis=0, return_inverse=True)
-    return ids.astype(np.int64).reshape(-1)
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    changes = (keys[order[1:]] != keys[order[:-1]]).any(axis=1)
+    ids = np.zeros(len(keys), dtype=np.int64)
+    ids[order[1:]] = np.cumsum(changes)
+    return ids
 
 
 def _next_that_differs(prompts: IntArray, responses: IntArray) -> IntArray:

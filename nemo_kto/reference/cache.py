@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -22,21 +22,20 @@ class CachedReference:
     One rank of each model replica looks rows up and writes new ones; it broadcasts what it knows to the others. The
     reference is entered by all ranks of the job or by none, because that may take exchanges between replicas.
 
-    Groups of rows of which nothing is known are scored as they are: on the layout that made an entry its number is the
-    one that scoring would give, bit for bit. Where only some rows of a group are known the others are grouped anew, and
-    where another layout made an entry its number differs, by rounding.
+    Groups of rows of which nothing is known are scored as they are: on the layout that made an entry its number is
+    the one that scoring would give, bit for bit. Where only some rows of a group are known the others are grouped
+    anew, and where another layout made an entry its number differs, by rounding.
 
     Args:
         store: of this reference; None on ranks that do not speak for their replica.
-        scorer: makes the reference that scores; called when the first row is missing, on all ranks together.
+        scorer: the same reference, which scores.
         groups: the layout.
     """
 
-    def __init__(self, store: LogProbStore | None, scorer: Callable[[], Reference], groups: ParallelGroups) -> None:
+    def __init__(self, store: LogProbStore | None, scorer: Reference, groups: ParallelGroups) -> None:
         assert (store is not None) == groups.is_speaker
         self._store = store
-        self._make_scorer = scorer
-        self._scorer: Reference | None = None
+        self._scorer = scorer
         self._groups = groups
         self.rows_asked = 0
         """Rows that were asked for since the start, over all ranks. A row without labels counts for none."""
@@ -103,9 +102,7 @@ class CachedReference:
         return int(everywhere["missing"])
 
     def _score(self, rows: Sequence[Rows], known: Sequence[Tensor]) -> Tensor:
-        """[n] float64 nats of all rows, in host memory, new ones where they were missing; as known off the last stage."""
-        if self._scorer is None:
-            self._scorer = self._make_scorer()
+        """[n] float64 nats in host memory: as known, and where a row was missing, on the last stage, what it got."""
         groups, places = _to_score(rows, known)
         logps = self._scorer.log_probs(groups)
         scored = torch.cat(list(known)) if known else torch.zeros(0, dtype=torch.float64)

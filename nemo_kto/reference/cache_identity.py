@@ -11,8 +11,8 @@ from typing import Any
 
 LOG_PROB_VERSION = 1
 """To be raised whenever the same weights and ids get other log-probs than before, beyond rounding: with a change of
-attention, positions, norms, masks or the head (gpt/), of the sum over tokens (distributed/logprobs.py), or of what is a
-row's prompt and response (reference/row_keys.py)."""
+attention, positions, norms, masks or the head (gpt/), of the sum over tokens (distributed/logprobs.py), or of what a
+row's prompt and response are (reference/row_keys.py)."""
 
 
 @dataclass(frozen=True)

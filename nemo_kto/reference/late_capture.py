@@ -15,8 +15,8 @@ from nemo_kto.reference.host_weights import HostWeights
 def capture_from(chunks: Sequence[nn.Module], load: Callable[[], None]) -> HostWeights:
     """Read reference weights through the live parameters into host memory. All ranks call it together.
 
-    The policy waits in host memory meanwhile, and is back bit for bit on return, also when reading fails. A termination
-    signal does no harm: it is only noted, and asked for between steps.
+    The policy waits in host memory meanwhile, and is back bit for bit on return, also when reading fails. A
+    termination signal does no harm: it is only noted, and asked for between steps.
 
     Args:
         chunks: model chunks, wrapped as they are trained.

@@ -1,4 +1,4 @@
-"""Sequence log-probs on disk: append-only files of records of one size, one writer each. Knows neither rows nor models.
+"""Sequence log-probs on disk: append-only files of records of one size, one writer each. Knows no rows and no models.
 
 A file is a header of 64 bytes and records of 32 bytes, all little-endian:
 

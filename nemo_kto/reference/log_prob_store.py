@@ -10,10 +10,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_kto.config.manifest import write_text
 from nemo_kto.reference import log_prob_file
 from nemo_kto.reference.log_prob_file import ForeignFileError, RecordWriter, as_keys, make_records
 from nemo_kto.reference.row_keys import RowKey
 from nemo_kto.reference.sorted_runs import SortedRuns
+
+ABOUT = "reference.json"
+"""File of a folder that says what its log-probs are of; nothing reads it."""
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +31,18 @@ class LogProbStore:
     Args:
         folder: of this reference. Need not exist.
         identity: 32 bytes; files of another one are not used.
+        about: says in the folder, for people, what it is of.
         speaks: whether to say what is wrong with files that all processes see.
     """
 
-    def __init__(self, folder: Path, identity: bytes, *, speaks: bool = True) -> None:
+    def __init__(self, folder: Path, identity: bytes, *, about: str = "", speaks: bool = True) -> None:
         self.folder = folder
         self.failure: str | None = None
         """Why nothing is written any more; None while it is."""
         self.bytes_written = 0
         """Of records, by this process."""
         self._identity = identity
+        self._about = about
         self._speaks = speaks
         self._entries = SortedRuns()
         self._writer = RecordWriter(folder, identity)
@@ -69,6 +75,7 @@ class LogProbStore:
             try:
                 self._writer.append(records)
                 self.bytes_written += records.nbytes
+                self._describe()
             except OSError as error:
                 self._give_up(error)
 
@@ -84,6 +91,11 @@ class LogProbStore:
         """Flush, and write no more."""
         self.flush()
         self._writer.close()
+
+    def _describe(self) -> None:
+        if self._about and not (self.folder / ABOUT).exists():
+            write_text(self.folder / ABOUT, self._about)
+        self._about = ""
 
     def _give_up(self, error: OSError) -> None:
         self.failure = f"{self.folder} cannot be written ({error.strerror or error})"

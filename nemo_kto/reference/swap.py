@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
@@ -26,10 +26,11 @@ class WeightSwap:
 
     Args:
         chunks: model chunks, wrapped as they are trained.
-        reference: the reference policy's weights, captured from the same parameters.
+        reference: the reference policy's weights, captured from the same parameters; or what captures them, which the
+            first swap does on all ranks together.
     """
 
-    def __init__(self, chunks: Sequence[nn.Module], reference: HostWeights) -> None:
+    def __init__(self, chunks: Sequence[nn.Module], reference: HostWeights | Callable[[], HostWeights]) -> None:
         self._chunks = list(chunks)
         self._reference = reference
         self._policy: HostWeights | None = None
@@ -38,7 +39,9 @@ class WeightSwap:
 
     @property
     def reference(self) -> HostWeights:
-        """The reference policy's weights."""
+        """The reference policy's weights; captured now where they have not been."""
+        if not isinstance(self._reference, HostWeights):
+            self._reference = self._reference()
         return self._reference
 
     @property
@@ -53,6 +56,7 @@ class WeightSwap:
         On leaving, also by an exception, the policy's parameters are back bit for bit.
         """
         require_policy(self._chunks, "another swap")
+        reference = self.reference
         with ExitStack() as stack:
             stack.enter_context(_signals_held())
             stack.enter_context(parameters_settled(self._chunks))
@@ -63,12 +67,12 @@ class WeightSwap:
                 self._policy.capture()
             mark_reference(self._chunks, True)
             try:
-                self._reference.restore()
+                reference.restore()
                 yield
             finally:
                 self._policy.restore()
                 mark_reference(self._chunks, False)
-                self.bytes_moved += 2 * self._policy.num_bytes + self._reference.num_bytes
+                self.bytes_moved += 2 * self._policy.num_bytes + reference.num_bytes
 
 
 class SwapReference:
