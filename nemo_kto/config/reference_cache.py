@@ -42,6 +42,6 @@ def with_cache(config: Config) -> Config:
     kto = config.model.kto
     if kto.reference not in ("auto", "cache"):
         raise ConfigError(
-            f"model.kto.reference={kto.reference} keeps no log-probs: set model.kto.reference=cache, here and in training"
+            f"model.kto.reference={kto.reference} keeps no log-probs: leave it out here, and train with cache"
         )
     return replace(config, model=replace(config.model, kto=replace(kto, reference="cache")))

@@ -48,10 +48,10 @@ class BatchLayout:
 def collate_step(store: TokenStore, indices: IntArray, layout: BatchLayout) -> StepBatch:
     """Build this data-parallel rank's share of one global batch.
 
-    Pairing looks at the whole global batch, in its order, before anything is cut, unless partners are fixed: it depends
-    on neither ranks nor micro-batches, and neither do the counts. The rank takes the contiguous share [rank N / DP, (rank + 1) N / DP), and
-    cuts it into micro-batches in order. Where N does not divide (the last batch of validation) shares differ by one
-    sample, the last micro-batch is smaller, and a share may be empty.
+    Pairing looks at the whole global batch, in its order, before anything is cut, unless partners are fixed: it
+    depends on neither ranks nor micro-batches, and neither do the counts. The rank takes the contiguous share
+    [rank N / DP, (rank + 1) N / DP), and cuts it into micro-batches in order. Where N does not divide (the last batch
+    of validation) shares differ by one sample, the last micro-batch is smaller, and a share may be empty.
 
     A KL row is the sample's prompt and its partner's response, cut at ``seq_length``. A pair whose prompt leaves no
     room for a response does not count. Without a partner, and for every sample when ``needs_kl`` is false (then no

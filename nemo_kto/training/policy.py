@@ -92,7 +92,7 @@ class PolicyBuilder:
         return self._full() if spec is None else self._adapted(spec)
 
     def reference_alone(self) -> tuple[CachedReference, ReferenceColumns]:
-        """The reference of a run with a cache, without a policy: nothing is swapped, and nothing is kept but log-probs.
+        """The reference of a run with a cache, without a policy: nothing is swapped or kept but log-probs.
 
         Raises:
             CheckpointError: its weights cannot be read.
@@ -134,7 +134,7 @@ class PolicyBuilder:
         return self._policy(chunks, swap, settled.identity, kept.contents, weights)
 
     def _weights_of(self, settled: Settled, source: str) -> str:
-        """SHA-256 that the cache knows the reference's weights by: that of the checkpoint which a run first took them from.
+        """SHA-256 that the cache knows the reference by: of the checkpoint that the run first took it from.
 
         What a run keeps has the weights in its own dtype, and is a checkpoint of its own where the dtype has changed.
         """
