@@ -11,17 +11,8 @@ from pathlib import Path
 from typing import NoReturn
 
 INTEGERS = (
-    *(
-        "step",
-        "consumed_samples",
-        "num_desirable",
-        "num_undesirable",
-        "kl_pairs",
-        "tokens",
-        "peak_memory_bytes",
-        "reference_bytes",
-    ),
-    "skipped_steps",
+    *("step", "consumed_samples", "num_desirable", "num_undesirable", "kl_pairs", "tokens", "peak_memory_bytes"),
+    *("skipped_steps", "reference_bytes"),
 )
 MEANS = (
     "kl",

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +251,7 @@ class Job:
         from nemo_kto.reference.columns import ReferenceColumns
         from nemo_kto.reference.host_weights import HostWeights
         from nemo_kto.reference.swap import SwapReference, WeightSwap
-        from nemo_kto.training.optim import build_optimizer, wrap_data_parallel
+        from nemo_kto.training.optim import build_optimizer, float32_masters, wrap_data_parallel
         from nemo_kto.training.run_data import RunData
         from nemo_kto.training.step import KTOStep, loss_settings
 
@@ -261,10 +262,11 @@ class Job:
         self.arch = read_architecture(start)
         self.chunks = wrap_data_parallel(build_gpt(self.arch, model, bf16=bf16, groups=self.groups), model.optim)
         load_weights(self.chunks, self.arch, reference, self.groups)
-        self.swap = WeightSwap(self.chunks, HostWeights(self.chunks))
+        self.swap = WeightSwap(self.chunks, HostWeights(self.chunks), model.kto.reference_restore)
         load_weights(self.chunks, self.arch, start, self.groups)
         clip = config.trainer.kto.gradient_clip_val
         self.optimizer = build_optimizer(self.chunks, model.optim, clip_grad=clip)
+        self.swap.use_masters(partial(float32_masters, self.optimizer))
         self.settings = loss_settings(model.kto)
         rows = model.kto.log_prob_forward_micro_batch_size
         passes = Passes(self.chunks, self.groups, self.arch.vocab_size)

@@ -105,10 +105,10 @@ def _facts(r: Run) -> dict[str, str]:
     if tokens:
         facts["tokens trained on"] = f"{sum(tokens):,.0f}"
     if seconds:
-        facts["time in steps"] = f"{sum(seconds):,.1f} s (median step {statistics.median(seconds):.3g} s)"
-    speed = r.series("tokens_per_second")[1]
-    if speed:
-        facts["tokens per second, median"] = f"{statistics.median(speed):,.0f}"
+        # no medians: with model.kto.reference_lookahead they would leave out the steps that score for the others
+        facts["time in steps"] = f"{sum(seconds):,.1f} s ({sum(seconds) / len(seconds):.3g} s each)"
+    if tokens and sum(seconds) > 0:
+        facts["tokens per second"] = f"{sum(tokens) / sum(seconds):,.0f}"
     memory = r.series("peak_memory_bytes")[1]
     if memory:
         facts["peak memory"] = f"{max(memory) / 2**30:.2f} GiB"

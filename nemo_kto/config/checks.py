@@ -12,6 +12,7 @@ from typing import Any
 from nemo_kto.config.architecture import Architecture
 from nemo_kto.config.archives import is_archive
 from nemo_kto.config.lora import problems as peft_problems
+from nemo_kto.config.reference import problems as reference_problems
 from nemo_kto.config.reference_cache import problems as cache_problems
 from nemo_kto.config.schema import Config, ExpManagerConfig, KTOConfig, KTOLoopConfig, ModelConfig, OptimConfig
 from nemo_kto.errors import ConfigError
@@ -49,6 +50,7 @@ def check(config: Config, world_size: int) -> None:
         *_paths(config),
         *cache_problems(config),
         *peft_problems(config.model, config.pretrained_checkpoint.restore_from_path),
+        *reference_problems(config, world_size),
     ]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -210,11 +212,7 @@ def _objective(kto: KTOConfig) -> Iterator[str]:
         model__kto__preference_loss_weight=kto.preference_loss_weight,
         model__kto__sft_loss_weight=kto.sft_loss_weight,
     )
-    yield from _at_least(
-        1,
-        model__kto__log_prob_forward_micro_batch_size=kto.log_prob_forward_micro_batch_size,
-        model__kto__reference_lookahead=kto.reference_lookahead,
-    )
+    yield from _at_least(1, model__kto__log_prob_forward_micro_batch_size=kto.log_prob_forward_micro_batch_size)
     if kto.preference_loss_weight == 0 and kto.sft_loss_weight == 0:
         yield "model.kto: preference_loss_weight and sft_loss_weight are both 0, so nothing would be learnt"
     if kto.desirable_loss_weight == 0 and kto.undesirable_loss_weight == 0 and kto.preference_loss_weight > 0:

@@ -20,6 +20,7 @@ _FREE_KTO_KEYS = (
     "reference",
     "reference_from_path",
     "reference_lookahead",
+    "reference_restore",
     "reference_cache_dir",
 )
 """Of ``model.kto``: how the same numbers are computed, and paths."""

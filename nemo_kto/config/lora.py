@@ -119,11 +119,6 @@ def problems(model: ModelConfig, start: str) -> Iterator[str]:
     if peft.peft_scheme not in ("none", "lora"):
         yield f"model.peft.peft_scheme={peft.peft_scheme} is not one of none, lora"
         return
-    if reference == "adapters_off" and model.kto.reference_lookahead > 1:
-        yield (
-            f"model.kto.reference_lookahead={model.kto.reference_lookahead} saves weight swaps, and "
-            "model.kto.reference=adapters_off has none to save: leave it at 1"
-        )
     if peft.peft_scheme == "none":
         if reference == "adapters_off":
             yield "model.kto.reference=adapters_off needs adapters: set model.peft.peft_scheme=lora, or use swap"

@@ -89,6 +89,7 @@ class KTOConfig:
     reference: str
     reference_from_path: str
     reference_lookahead: int
+    reference_restore: str
     reference_cache_dir: str
     fixed_pairs: bool
     kl_clamp: str

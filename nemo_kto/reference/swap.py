@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -13,29 +14,43 @@ import torch
 from torch import Tensor, nn
 
 from nemo_kto.data.batch import Rows
+from nemo_kto.errors import KTOError
 from nemo_kto.gpt.forward import Passes
 from nemo_kto.gpt.live import is_reference, mark_reference, parameters_settled, require_policy
 from nemo_kto.reference.host_weights import HostWeights
+from nemo_kto.reference.keeping import Keeper, Masters, keepers
+
+logger = logging.getLogger(__name__)
 
 
 class WeightSwap:
     """Puts the reference weights where the policy's are, for as long as a ``with`` block lasts.
 
-    Three copies of this rank's parameter bytes P cross between host and device per swap: policy out, reference in,
-    policy back. Host memory holds 2 P.
+    This rank's parameter bytes P cross from host to device once per swap, the reference's, and three times where the
+    policy has to wait in host memory. Without CUDA nothing crosses; what would is counted all the same.
 
     Args:
         chunks: model chunks, wrapped as they are trained.
         reference: the reference policy's weights, captured from the same parameters; or what captures them, which the
             first swap does on all ranks together.
+        restore: where the policy waits: ``auto`` (the first that is possible), ``device`` (a second copy there),
+            ``masters`` (the optimizer's, see :meth:`use_masters`) or ``host``.
     """
 
-    def __init__(self, chunks: Sequence[nn.Module], reference: HostWeights | Callable[[], HostWeights]) -> None:
+    def __init__(
+        self, chunks: Sequence[nn.Module], reference: HostWeights | Callable[[], HostWeights], restore: str = "auto"
+    ) -> None:
         self._chunks = list(chunks)
         self._reference = reference
-        self._policy: HostWeights | None = None
+        self._restore = restore
+        self._keepers = keepers(restore, self._chunks, None)
+        self._latest = ""
         self.bytes_moved = 0
         """Bytes copied between host and device since the start, both ways."""
+
+    def use_masters(self, masters: Masters) -> None:
+        """Let the policy be put back from an optimizer's masters, once there is one."""
+        self._keepers = keepers(self._restore, self._chunks, masters)
 
     @property
     def reference(self) -> HostWeights:
@@ -54,6 +69,9 @@ class WeightSwap:
         """The model is the reference inside the block: no gradient, parameter gathers finished, signals held.
 
         On leaving, also by an exception, the policy's parameters are back bit for bit.
+
+        Raises:
+            KTOError: the policy cannot wait where ``restore`` says.
         """
         require_policy(self._chunks, "another swap")
         reference = self.reference
@@ -61,18 +79,27 @@ class WeightSwap:
             stack.enter_context(_signals_held())
             stack.enter_context(parameters_settled(self._chunks))
             stack.enter_context(torch.no_grad())
-            if self._policy is None:
-                self._policy = HostWeights(self._chunks)
-            else:
-                self._policy.capture()
+            keeper = self._keep()
             mark_reference(self._chunks, True)
             try:
                 reference.restore()
                 yield
             finally:
-                self._policy.restore()
+                keeper.put_back()
                 mark_reference(self._chunks, False)
-                self.bytes_moved += 2 * self._policy.num_bytes + reference.num_bytes
+                self.bytes_moved += keeper.bytes_moved + reference.num_bytes
+
+    def _keep(self) -> Keeper:
+        reasons: list[str] = []
+        for keeper in self._keepers:
+            reason = keeper.keep()
+            if reason is None:
+                if reasons and keeper.name != self._latest:
+                    logger.info("the policy waits in %s during a swap (%s)", keeper.name, "; ".join(reasons))
+                self._latest = keeper.name
+                return keeper
+            reasons.append(f"{keeper.name}: {reason}")
+        raise KTOError(f"model.kto.reference_restore={self._restore}: {'; '.join(reasons)}; use auto or host")
 
 
 class SwapReference:

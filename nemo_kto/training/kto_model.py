@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from nemo_kto.training.nemo_connector import MegatronKTOConnector
 from nemo_kto.training.optim import (
     LightningMegatronOptimizer,
     build_optimizer,
+    float32_masters,
     set_learning_rate,
 )
 from nemo_kto.training.policy import Policy, PolicyBuilder
@@ -113,6 +115,8 @@ class MegatronGPTKTOModel(ModelPT):
         """Megatron's optimizer over the wrapped chunks."""
         clip = self.run.trainer.kto.gradient_clip_val
         optimizer = build_optimizer(self.chunks, self.run.model.optim, clip_grad=clip)
+        if self.policy.swap is not None:
+            self.policy.swap.use_masters(partial(float32_masters, optimizer))
         return LightningMegatronOptimizer(optimizer, self.chunks)
 
     # -- training
@@ -126,14 +130,16 @@ class MegatronGPTKTOModel(ModelPT):
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
+        moved = self.policy.bytes_moved
         sums = self.kto_step.train(batch)
+        moved = self.policy.bytes_moved - moved
         optimizer.step(loss_is_finite=math.isfinite(sums["loss"]))
         self.consumed_samples += batch.counts.num_samples
         self.trained_steps += 1
         self.skips.count(taken=optimizer.optimizer.succeeded)
         norm, step = optimizer.optimizer.grad_norm, self.trainer.global_step
         means = named_means(sums, batch.counts, self._settings.beta)
-        self._report({**means, **self._rows_computed()}, batch, rate, norm)
+        self._report({**means, "reference_bytes": moved, **self._rows_computed()}, batch, rate, norm)
         self.skips.report(step, self.consumed_samples, sums["loss"], norm, writes=self.trainer.is_global_zero)
 
     def on_train_batch_end(self, *_: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import nn
 
 from nemo_kto.config.schema import OptimConfig
@@ -73,6 +74,22 @@ def build_optimizer(chunks: Sequence[nn.Module], optim: OptimConfig, *, clip_gra
             part.init_state_fn = _nothing_to_prepare
     _connect_schedule(chunks, optimizer, optim)
     return optimizer
+
+
+def float32_masters(optimizer: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+    """Every bf16 parameter of this rank with its float32 master: of the whole, or [n] of a data-parallel shard of it.
+
+    Float32 parameters have none: what their optimizer updates is a view of the live weights.
+    """
+    for part in parts(optimizer):
+        if isinstance(part, DistributedOptimizer) and not part.is_stub_optimizer:
+            groups = zip(part.model_float16_groups, part.shard_fp32_from_float16_groups, strict=True)
+        elif isinstance(part, Float16OptimizerWithFloat16Params) and not part.is_stub_optimizer:
+            groups = zip(part.float16_groups, part.fp32_from_float16_groups, strict=True)
+        else:
+            continue
+        for parameters, masters in groups:
+            yield from zip(parameters, masters, strict=True)
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, rate: float, weight_decay: float) -> None:

@@ -64,6 +64,11 @@ class Policy:
     cache: CachedReference | None = None
     reference_weights: dict[str, str] | None = None
 
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that the reference has moved between host and device since the start, on this rank."""
+        return 0 if self.swap is None else self.swap.bytes_moved
+
 
 class PolicyBuilder:
     """Builds the policy of a run on this rank. All ranks call it together.
@@ -126,9 +131,9 @@ class PolicyBuilder:
         if is_cached(self._run.model.kto):
             weights = self._weights_of(settled, source)
             again = partial(self._load_again, kept, settled, chunks, weights)
-            swap = WeightSwap(chunks, partial(capture_from, chunks, again))
+            swap = self._swap(chunks, partial(capture_from, chunks, again))
         else:
-            weights, swap = None, WeightSwap(chunks, HostWeights(chunks))
+            weights, swap = None, self._swap(chunks, HostWeights(chunks))
         if source != self._start:
             load_weights(chunks, self._arch, self._start, self._groups)
         return self._policy(chunks, swap, settled.identity, kept.contents, weights)
@@ -169,7 +174,7 @@ class PolicyBuilder:
             return self._policy(chunks, None, record.base_sha256, contents, weights)
         kept = self._kept(f"model.peft.restore_from_path={model.peft.restore_from_path}", load, contents)
         settled = self._settle(kept, chunks)
-        return self._policy(chunks, WeightSwap(chunks, HostWeights(chunks)), settled.identity, contents, None)
+        return self._policy(chunks, self._swap(chunks, HostWeights(chunks)), settled.identity, contents, None)
 
     def _load_adapters(self, chunks: nn.ModuleList, record: AdapterRecord) -> None:
         model = self._run.model
@@ -198,6 +203,9 @@ class PolicyBuilder:
             may_differ=exp.resume_with_changes,
             keep=self._fitting and exp.create_checkpoint_callback,
         )
+
+    def _swap(self, chunks: nn.ModuleList, reference: HostWeights | Callable[[], HostWeights]) -> WeightSwap:
+        return WeightSwap(chunks, reference, self._run.model.kto.reference_restore)
 
     def _policy(
         self,

@@ -18,6 +18,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 NORMALIZATIONS = ("per_batch", "per_class")
 RECIPE = replace(ADAM, start="reference")
+AHEAD = "model.kto.reference_lookahead=2"
+"""The second batch's columns are looked at as they were scored with the first; the step scores them again, alone."""
 LAYOUTS = {
     "tp1": (1, ()),
     "tp2": (2, ("model.tensor_model_parallel_size=2",)),
@@ -71,7 +73,7 @@ def run_world(rank: int, world: int, root: Path) -> dict[tuple[str, str, str], l
         for precision in PRECISIONS if size == world else ():
             for optimizer in OPTIMIZERS:
                 settings = [f"trainer.precision={precision}", f"model.optim.name={optimizer}", *words]
-                job = Job([*RECIPE.overrides(root), "model.micro_batch_size=2", *settings])
+                job = Job([*RECIPE.overrides(root), AHEAD, "model.micro_batch_size=2", *settings])
                 batches = iter(job.batches)
                 found[layout, precision, optimizer] = [observe(job, next(batches)) for _ in range(2)]
     return found

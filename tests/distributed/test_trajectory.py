@@ -46,7 +46,7 @@ HALVED = (
 )
 SCORE_4 = "model.kto.log_prob_forward_micro_batch_size=4"
 AHEAD_2, AHEAD_3 = ("model.kto.reference_lookahead=2",), ("model.kto.reference_lookahead=3",)
-"""Ten steps of two epochs are windows of 2 2 2 2 2, and of 3 3 3 1: over the end of an epoch, and cut off by the end."""
+"""Ten steps, two epochs, are windows of 2 2 2 2 2, and of 3 3 3 1: over the end of an epoch, and cut at the end."""
 
 
 def layout_words(tp: int, pp: int, micro: int) -> list[str]:
@@ -132,13 +132,7 @@ RECOMPUTED = [
     (2, "tp2sp-sgd", "tp2sp-full"),
     (2, "tp2sp-sgd", "tp2sp-selective"),
 ]
-LOOKED_AHEAD = [
-    (1, "mb2"),
-    (1, "mb2-score4"),
-    (2, "dp2-dist-overlap"),
-    (2, "pp2-mb1"),
-    (2, "tp2sp-sgd"),
-]
+LOOKED_AHEAD = [(1, "mb2"), (1, "mb2-score4"), (2, "dp2-dist-overlap"), (2, "pp2-mb1"), (2, "tp2sp-sgd")]
 TRAVEL = {"sgd": GRADIENT, "adamw": 1e-3}
 """Of the way all weights go together. SGD's way is a sum of gradients. Adam divides a gradient by its own size, so an
 element that is nothing but rounding may take whole steps in either direction: a few among 180,000 are admitted here.

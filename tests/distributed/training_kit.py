@@ -8,6 +8,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ class Setup:
     overlap: bool = False
     lr: float = 1e-3
     momentum: float = 0.9
+    lookahead: int = 1
+    restore: str = "auto"
 
 
 def each(cases: Mapping[str, Callable[[int, Path], Any]], rank: int, root: Path) -> dict[str, Any]:
@@ -80,8 +83,15 @@ def _rows(step: int, salt: int):
     return Rows(tokens * (place < ends[:, None]), labels)
 
 
-def batch(step: int, groups):
-    """This rank's share of global batch number ``step``."""
+def batch(step: int, groups, lookahead: int = 1):
+    """This rank's share of global batch number ``step``, and of those that come next."""
+    from dataclasses import replace
+
+    upcoming = tuple(replace(_share(number, groups), number=number) for number in range(step + 1, step + lookahead))
+    return replace(_share(step, groups), number=step, upcoming=upcoming)
+
+
+def _share(step: int, groups):
     from nemo_kto.data.batch import KTOBatch, Rows, StepBatch
     from nemo_kto.objective.counts import BatchCounts
 
@@ -126,36 +136,47 @@ class Run:
         from nemo_kto.reference.columns import ReferenceColumns
         from nemo_kto.reference.host_weights import HostWeights
         from nemo_kto.reference.swap import SwapReference, WeightSwap
-        from nemo_kto.training.optim import LightningMegatronOptimizer, build_optimizer, wrap_data_parallel
+        from nemo_kto.training.optim import (
+            LightningMegatronOptimizer,
+            build_optimizer,
+            float32_masters,
+            wrap_data_parallel,
+        )
         from nemo_kto.training.step import KTOStep
 
         self.setup, self.hf_dir, self.steps_done = setup, policy, 0
+        self.reference_bytes: list[int] = []
         self.arch = read_architecture(policy)
         self.groups = groups = launch.start(setup.tp, setup.pp, seed=7)
         arch, optim = self.arch, _optim(setup)
         network = PlainNetwork(hidden_dropout=setup.dropout, attention_dropout=setup.dropout)
         self.chunks = wrap_data_parallel(build_gpt(arch, network, bf16=setup.bf16, groups=groups), optim)
         load_weights(self.chunks, arch, reference or policy, groups)
-        self.swap = WeightSwap(self.chunks, HostWeights(self.chunks))
+        self.swap = WeightSwap(self.chunks, HostWeights(self.chunks), setup.restore)
         if reference is not None:
             load_weights(self.chunks, arch, policy, groups)
         self.passes = Passes(self.chunks, groups, arch.vocab_size)
         scorer = SwapReference(self.swap, self.passes)
         self.reference = ReferenceColumns(scorer, micro_batch_size=MICRO_BATCH, needs_kl=True)
         self.step = KTOStep(self.passes, self.reference, _settings(), groups, MICRO_BATCH)
-        self.optimizer = LightningMegatronOptimizer(build_optimizer(self.chunks, optim, clip_grad=1.0), self.chunks)
+        megatron = build_optimizer(self.chunks, optim, clip_grad=1.0)
+        self.swap.use_masters(partial(float32_masters, megatron))
+        self.optimizer = LightningMegatronOptimizer(megatron, self.chunks)
 
     def train(self, steps: int) -> list[dict[str, float]]:
-        """So many optimizer steps; their sums and gradient norms."""
+        """So many optimizer steps; their sums and gradient norms. ``reference_bytes`` gets what each has moved."""
         from nemo_kto.training.optim import set_learning_rate
 
         records = []
-        for _ in range(steps):
+        for done in range(steps):
             set_learning_rate(self.optimizer.megatron, self.setup.lr, DECAY)
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-            sums = self.step.train(batch(self.steps_done, self.groups))
+            ahead = 1 if done % self.setup.lookahead else min(self.setup.lookahead, steps - done)
+            moved = self.swap.bytes_moved
+            sums = self.step.train(batch(self.steps_done, self.groups, ahead))
+            self.reference_bytes.append(self.swap.bytes_moved - moved)
             self.optimizer.step()
             self.steps_done += 1
             records.append({**sums, "grad_norm": self.optimizer.grad_norm})

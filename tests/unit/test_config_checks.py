@@ -112,7 +112,23 @@ CASES = [
     (
         [*LORA, "model.kto.reference_lookahead=2"],
         1,
-        "model.kto.reference_lookahead=2 saves weight swaps, and model.kto.reference=adapters_off has none to save",
+        "model.kto.reference_lookahead=2 saves weight swaps, and model.kto.reference=adapters_off has none",
+    ),
+    (["model.kto.reference_restore=disk"], 1, "model.kto.reference_restore=disk is not one of auto, device, masters"),
+    (
+        [*LORA, "model.kto.reference_restore=host"],
+        1,
+        "model.kto.reference_restore=host is about weight swaps, and model.kto.reference=adapters_off has none",
+    ),
+    (
+        ["model.kto.reference_restore=masters", "trainer.precision=32"],
+        1,
+        "model.kto.reference_restore=masters: with trainer.precision=32 the optimizer updates the live weights",
+    ),
+    (
+        ["model.kto.reference_restore=masters"],
+        2,
+        "model.kto.reference_restore=masters: model.optim.name=distributed_fused_adam leaves each data-parallel rank",
     ),
     (["model.kto.reference=mirror"], 1, "model.kto.reference=mirror is not one of auto, swap, adapters_off"),
     (["model.kto.ref_policy_kl_penalty=0"], 1, "model.kto.ref_policy_kl_penalty=0.0 must be above 0"),
@@ -220,6 +236,7 @@ def test_all_problems_come_at_once():
         ['exp_manager.max_time_per_run="00:03:50:00"', f"{CALLBACK}.save_top_k=-1"],
         ["model.kto.preference_loss_weight=0", "model.kto.sft_loss_weight=1", "model.kto.desirable_loss_weight=0"],
         ["model.optim.sched.name=Constant", "model.optim.sched.min_lr=1"],
+        ["model.kto.reference_lookahead=8", "model.kto.reference_restore=masters"],
         ["model.optim.overlap_param_sync=true", "model.optim.overlap_grad_sync=true"],
         [f"{RECOMPUTE}_granularity=full", f"{RECOMPUTE}_method=uniform", f"{RECOMPUTE}_num_layers=1"],
     ],

@@ -54,6 +54,7 @@ FREE = [
     "model.kto.log_prob_forward_micro_batch_size=4",
     "model.kto.reference_from_path=elsewhere",
     "model.kto.reference_lookahead=4",
+    "model.kto.reference_restore=host",
     "model.tensor_model_parallel_size=2",
     "model.pipeline_model_parallel_size=2",
     "model.optim.lr=1",
