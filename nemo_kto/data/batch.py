@@ -68,7 +68,7 @@ def split_rows(rows: Sequence[Rows]) -> list[Rows]:
 
 def ungroup(values: Sequence[Tensor], rows: Sequence[Rows]) -> list[Tensor]:
     """Numbers per row, one tensor per group of :func:`regroup`, cut as the ``rows`` were: [B_i] per entry."""
-    return list(torch.cat(list(values)).split([r.tokens.size(0) for r in rows]))
+    return list(torch.split(torch.cat(list(values)), [r.tokens.size(0) for r in rows]))
 
 
 @dataclass(frozen=True)

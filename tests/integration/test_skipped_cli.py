@@ -22,6 +22,9 @@ WORDS = (
     *("trainer.kto.save_interval=2", "model.optim.sched.warmup_steps=5"),
 )
 
+AHEAD = ("model.kto.reference_lookahead=3",)
+"""Bad batches lie at the beginning, in the middle and at the end of windows."""
+
 
 def poison(model: Path) -> None:
     """Make the embedding of :data:`BAD` NaN."""
@@ -74,7 +77,7 @@ def skipped(run: Run) -> list[dict]:
 @pytest.fixture(scope="module")
 def stopped(root) -> tuple[Run, list[int], list[dict]]:
     """Two bad batches in a row end it; its checkpoints and lines then."""
-    run = train(root, "run", *WORDS, "trainer.kto.max_consecutive_skips=2", code=4)
+    run = train(root, "run", *WORDS, *AHEAD, "trainer.kto.max_consecutive_skips=2", code=4)
     return run, run.checkpoints, run.training
 
 
@@ -87,7 +90,7 @@ def again(stopped, root) -> tuple[Run, list[dict]]:
 
 @pytest.fixture(scope="module")
 def finished(again, root) -> Run:
-    return train(root, "run", *WORDS, "trainer.kto.max_consecutive_skips=3")
+    return train(root, "run", *WORDS, *AHEAD, "trainer.kto.max_consecutive_skips=3")
 
 
 def _says_why(run: Run) -> None:

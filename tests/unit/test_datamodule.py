@@ -132,7 +132,8 @@ ORPHANS = """
 def test_workers_die_with_a_killed_training(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(ORPHANS))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, str(script), str(tmp_path / "store")]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as training:
         assert training.stdout is not None
