@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,16 +96,9 @@ def _one_rank_misses(rank: int, root: Path) -> dict[str, Any]:
     run = _run(root, SETUPS["dp2"])
     cached = Cached(run, root / f"private {rank}")  # nothing is shared here
     if rank == 0:
-        half = replace(run.groups)
-        entries = [b.samples for b in kit.batch(0, half)]
-        cached.reference._store.put(
-            [
-                (key, float(value))
-                for key, value in zip(
-                    cached.reference._keys(entries), torch.cat(run.passes.log_probs(entries)), strict=True
-                )
-            ]
-        )
+        entries = [b.samples for b in kit.batch(0, run.groups)]
+        keys, logps = cached.reference._keys(entries), torch.cat(run.passes.log_probs(entries)).tolist()
+        cached.reference.store.put(list(zip(keys, logps, strict=True)))
     rows = [b.samples for b in kit.batch(0, run.groups)]
     with_none = [] if rank == 0 else rows
     cached.reference.log_probs(rows)
@@ -158,6 +150,7 @@ def _trains_alike(root: Path, setup: Setup, folder: str) -> dict[str, Any]:
 def _late(root: Path, setup: Setup) -> dict[str, Any]:
     """Reference weights that are read when they are needed, in the middle of a training."""
     from nemo_kto.checkpoint.weights import load_weights
+    from nemo_kto.gpt.live import parameters_settled
     from nemo_kto.reference.late_capture import capture_from
     from nemo_kto.reference.swap import WeightSwap
 
@@ -173,7 +166,8 @@ def _late(root: Path, setup: Setup) -> dict[str, Any]:
     swap = WeightSwap(run.chunks, partial(capture_from, run.chunks, load))
     run.swap = swap
     cached = Cached(run, root / f"late {setup.tp} {setup.bf16}")
-    before, state = run.weights(), run.optimizer_state()
+    with parameters_settled(run.chunks):  # else they are old ones, of which some have yet to be gathered
+        before, state = run.weights(), run.optimizer_state()
     found = {"nothing read": not reads, "scores": kit.same(_columns(cached.columns, run), expected)}
     found |= {
         "read once": len(reads) == 1 and swap.reference.digest() == digest,

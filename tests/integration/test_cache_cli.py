@@ -1,4 +1,4 @@
-"""``model.kto.reference=cache`` and ``cache-reference`` from the command line: the same training, fewer rows scored."""
+"""``model.kto.reference=cache`` and ``cache-reference`` from the command line: the same training, less is scored."""
 
 from __future__ import annotations
 
