@@ -22,9 +22,9 @@ class CachedReference:
     One rank of each model replica looks rows up and writes new ones; it broadcasts what it knows to the others. The
     reference is entered by all ranks of the job or by none, because that may take exchanges between replicas.
 
-    Groups of rows of which nothing is known are scored as they are: on the layout that made an entry its number is
-    the one that scoring would give, bit for bit. Where only some rows of a group are known the others are grouped
-    anew, and where another layout made an entry its number differs, by rounding.
+    Groups of rows of which nothing is known are scored as they are: an entry's number is the one that scoring would
+    give, bit for bit, on the layout that made it and among the same rows (with one row per forward, always). Where
+    only some rows of a group are known the others are grouped anew. Otherwise numbers differ by rounding.
 
     Args:
         store: of this reference; None on ranks that do not speak for their replica.
