@@ -12,14 +12,16 @@ from typing import NoReturn
 
 INTEGERS = (
     *("step", "consumed_samples", "num_desirable", "num_undesirable", "kl_pairs", "tokens", "peak_memory_bytes"),
-    *("skipped_steps", "reference_bytes"),
+    *("skipped_steps", "reference_bytes", "reference_rows_computed"),
 )
 MEANS = (
     "kl",
     *(f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")),
     *(f"logps/{name}" for name in ("chosen", "rejected")),
 )
-TRAINING = {*INTEGERS, *MEANS, "epoch", "loss", "grad_norm", "lr", "step_time_s", "tokens_per_second"}
+CACHED = {"reference_rows_computed", "val/reference_rows_computed"}
+"""Keys that lines of runs with ``model.kto.reference=cache`` have besides."""
+TRAINING = {*INTEGERS, *MEANS, "epoch", "loss", "grad_norm", "lr", "step_time_s", "tokens_per_second"} - CACHED
 """Keys of a training step's line (design, section 4, "Output")."""
 VALIDATED = {"loss", *MEANS, "num_desirable", "num_undesirable", "kl_pairs"}
 VALIDATION = {"step", "epoch", "consumed_samples", *(f"val/{name}" for name in VALIDATED)}
@@ -60,7 +62,7 @@ def read_metrics(path: Path) -> list[dict]:
     for line in lines:
         skipped, before = line.get("skipped_steps", skipped), skipped
         nullable = NULLABLE | (NOT_FINITE if skipped > before else set())
-        assert set(line) == (VALIDATION if "val/loss" in line else TRAINING)
+        assert set(line) - CACHED == (VALIDATION if "val/loss" in line else TRAINING)
         for key, value in line.items():
             name = key.removeprefix("val/")
             if value is None:

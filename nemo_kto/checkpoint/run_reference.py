@@ -25,6 +25,19 @@ FOLDER = "reference"
 
 
 @dataclass(frozen=True)
+class Settled:
+    """What a run's reference is.
+
+    Attributes:
+        identity: SHA-256 of the manifest of the weights that this run keeps; None where it keeps none.
+        origin: the kept weights that a resumed run goes on with; None where they come from the source.
+    """
+
+    identity: str | None
+    origin: Path | None
+
+
+@dataclass(frozen=True)
 class RunReference:
     """Where a run keeps its reference.
 
@@ -53,7 +66,7 @@ class RunReference:
         resume_from: Path | None,
         may_differ: bool,
         keep: bool,
-    ) -> str | None:
+    ) -> Settled:
         """Load the reference into the live parameters: a new run's from its source, a resumed run's from what it kept.
 
         Args:
@@ -62,9 +75,6 @@ class RunReference:
             resume_from: the checkpoint to go on from; None for a new run.
             may_differ: whether a resumed run may take its reference from ``source`` where the kept one is lost.
             keep: whether this run keeps checkpoints, and so its reference.
-
-        Returns:
-            The identity of the kept weights: SHA-256 of their manifest; None where nothing is kept.
 
         Raises:
             CheckpointError: on every rank: it cannot be read or kept, or is not the one the run was started with.
@@ -75,11 +85,23 @@ class RunReference:
         else:
             load_model(chunks, origin, groups, self.contents.part)
         if not keep:
-            return None
+            return Settled(None, origin)
         if origin is None or origin.resolve() != self.folder.resolve():
             on_first_rank(self._make_room, f"{self.folder} cannot be removed")
             CheckpointWriter().save(chunks, self.contents, self.folder, groups)
-        return manifest.identity(self.folder)
+        return Settled(manifest.identity(self.folder), origin)
+
+    def load_again(self, chunks: Sequence[nn.Module], groups: ParallelGroups, settled: Settled) -> None:
+        """Fill the live parameters, in place, with what :meth:`settle` filled them with.
+
+        Raises:
+            CheckpointError: on every rank: it can no longer be read.
+        """
+        place = settled.origin if settled.identity is None else self.folder
+        if place is None:
+            self.load_source()
+        else:
+            load_model(chunks, place, groups, self.contents.part)
 
     def _make_room(self) -> None:
         """Delete the reference of a run that never came to a checkpoint; what is none of ours stays."""

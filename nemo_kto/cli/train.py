@@ -59,21 +59,26 @@ def run(args: argparse.Namespace) -> int:
         print(to_yaml(config), end="")
         return 0
     found = world_from_environment()
-    world = _intended_world(config, found)
+    world = intended_world(config, found)
     check(config, world.size)
     config = unpacked_run(config)
-    _check(config)
-    data = _read_data(config)
+    check_model(config)
+    _check_places(config)
+    data = read_data(config)
     notes = check_resume(config, data.identity)
     if world.size > 1 and not found.launched:
-        own_yaml = ["--config-name", args.config_name, *(["--config-dir", args.config_dir] if args.config_dir else [])]
-        return run_processes(world.size, ["train", *own_yaml, *args.overrides])
+        return run_processes(world.size, ["train", *own_yaml(args), *args.overrides])
     for note in notes:
         logger.warning("%s", note)
     return _train(config, data, world)
 
 
-def _intended_world(config: Config, found: World) -> World:
+def own_yaml(args: argparse.Namespace) -> list[str]:
+    """The options that say where the config is."""
+    return ["--config-name", args.config_name, *(["--config-dir", args.config_dir] if args.config_dir else [])]
+
+
+def intended_world(config: Config, found: World) -> World:
     """The launcher's world; without a launcher, as many processes as ``trainer.devices`` asks for."""
     devices, nodes = config.trainer.devices, config.trainer.num_nodes
     if not found.launched:
@@ -90,14 +95,13 @@ def _intended_world(config: Config, found: World) -> World:
     return found
 
 
-def _check(config: Config) -> None:
-    """Model, layout and output directory: everything that needs neither torch nor data."""
+def check_model(config: Config) -> None:
+    """Model, reference, adapters and layout: everything that needs neither torch nor data."""
     from nemo_kto.config.adapter_record import holds_adapters
     from nemo_kto.config.architecture import read_architecture
     from nemo_kto.config.checks import check_length, check_recompute
     from nemo_kto.config.layout import check_layout
-    from nemo_kto.config.locate import hf_side, resume_path
-    from nemo_kto.config.log_dir import check_log_dir
+    from nemo_kto.config.locate import hf_side
 
     model, start = config.model, config.pretrained_checkpoint.restore_from_path
     arch = read_architecture(hf_side(start))
@@ -115,6 +119,13 @@ def _check(config: Config) -> None:
     check_recompute(arch, model)
     _check_same_network(config, arch)
     _check_adapters(config, arch)
+
+
+def _check_places(config: Config) -> None:
+    """What the run would go on from, and where it writes."""
+    from nemo_kto.config.locate import resume_path
+    from nemo_kto.config.log_dir import check_log_dir
+
     resume_path(config.exp_manager)
     check_log_dir(Path(config.exp_manager.explicit_log_dir))
 
@@ -152,7 +163,7 @@ def _check_same_network(config: Config, policy: Architecture) -> None:
             )
 
 
-def _read_data(config: Config) -> RunData:
+def read_data(config: Config) -> RunData:
     """Validate and tokenise, from the cache where it has these very bytes, and plan the steps."""
     from nemo_kto.config.architecture import read_architecture
     from nemo_kto.config.checks import check_schedule
@@ -179,9 +190,7 @@ def _train(config: Config, data: RunData, world: World) -> int:
     from nemo_kto import cpu_backend
     from nemo_kto.quiet import quiet_nemo
 
-    # one queue per device keeps Megatron's overlapped collectives in order; must be set before CUDA starts
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    _check_accelerator(config.trainer.accelerator, on_cpu=cpu_backend.install())
+    prepare_device(config, on_cpu=cpu_backend.install())
     quiet_nemo()
     if world.rank == 0:
         _announce(config, data, world)
@@ -198,8 +207,11 @@ def _train(config: Config, data: RunData, world: World) -> int:
     return 0
 
 
-def _check_accelerator(accelerator: str, *, on_cpu: bool) -> None:
+def prepare_device(config: Config, *, on_cpu: bool) -> None:
     """Megatron runs on CUDA where there is CUDA; a config that asks for the other one cannot be obeyed."""
+    accelerator = config.trainer.accelerator
+    # one queue per device keeps Megatron's overlapped collectives in order; must be set before CUDA starts
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if accelerator == "gpu" and on_cpu:
         raise ConfigError("trainer.accelerator=gpu, but torch sees no CUDA device: use auto, or check the driver")
     if accelerator == "cpu" and not on_cpu:

@@ -13,6 +13,7 @@ from nemo_kto.config.architecture import Architecture
 from nemo_kto.config.archives import is_archive
 from nemo_kto.config.lora import problems as peft_problems
 from nemo_kto.config.reference import problems as reference_problems
+from nemo_kto.config.reference_cache import problems as cache_problems
 from nemo_kto.config.schema import Config, ExpManagerConfig, KTOConfig, KTOLoopConfig, ModelConfig, OptimConfig
 from nemo_kto.errors import ConfigError
 
@@ -47,6 +48,7 @@ def check(config: Config, world_size: int) -> None:
         *_data(config.model),
         *_layout(config.model, world_size),
         *_paths(config),
+        *cache_problems(config),
         *peft_problems(config.model, config.pretrained_checkpoint.restore_from_path),
         *reference_problems(config, world_size),
     ]
@@ -201,10 +203,7 @@ def _objective(kto: KTOConfig) -> Iterator[str]:
     yield from _one_of("model.kto.kl_clamp", kto.kl_clamp, ("per_sample", "batch_mean"))
     yield from _one_of("model.kto.loss_normalization", kto.loss_normalization, ("per_class", "per_batch"))
     yield from _one_of("model.kto.loss_type", kto.loss_type, ("kto", "apo_zero_unpaired"))
-    if kto.reference == "cache":
-        yield "model.kto.reference=cache: not available yet, use swap, or adapters_off with LoRA"
-    else:
-        yield from _one_of("model.kto.reference", kto.reference, ("auto", "swap", "adapters_off"))
+    yield from _one_of("model.kto.reference", kto.reference, ("auto", "swap", "adapters_off", "cache"))
     yield from _above(0, "model.kto.ref_policy_kl_penalty", kto.ref_policy_kl_penalty)
     yield from _at_least(
         0,

@@ -21,6 +21,7 @@ _FREE_KTO_KEYS = (
     "reference_from_path",
     "reference_lookahead",
     "reference_restore",
+    "reference_cache_dir",
 )
 """Of ``model.kto``: how the same numbers are computed, and paths."""
 _LORA_KEYS = ("target_modules", "adapter_dim", "alpha", "layer_selection")

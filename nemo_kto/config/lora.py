@@ -102,8 +102,8 @@ def lora_spec(peft: PeftConfig) -> LoraSpec | None:
 
 
 def reference_mode(model: ModelConfig) -> str:
-    """``swap`` or ``adapters_off``: ``model.kto.reference`` with ``auto`` decided."""
-    if model.kto.reference != "auto":
+    """``swap`` or ``adapters_off``: what scores rows under ``model.kto.reference``; ``auto`` and ``cache`` decided."""
+    if model.kto.reference not in ("auto", "cache"):
         return model.kto.reference
     return "swap" if model.peft.peft_scheme == "none" else "adapters_off"
 

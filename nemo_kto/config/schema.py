@@ -90,6 +90,8 @@ class KTOConfig:
     reference_from_path: str
     reference_lookahead: int
     reference_restore: str
+    reference_cache_dir: str
+    fixed_pairs: bool
     kl_clamp: str
     loss_normalization: str
     loss_type: str

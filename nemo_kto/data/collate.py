@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nemo_kto.data.batch import IGNORE, KTOBatch, Rows, StepBatch, join_packed, join_padded
+from nemo_kto.data.fixed_pairs import NONE
 from nemo_kto.data.plan import Plan, by_length, micro_batches_of_pipeline, packed
 from nemo_kto.data.store import TokenStore
 from nemo_kto.objective.counts import BatchCounts
@@ -36,6 +37,8 @@ class BatchLayout:
         needs_kl: whether the objective uses the mismatched pairs.
         packing: rows of a micro-batch one after the other, instead of padded to one length.
         stages: pipeline stages; packed micro-batches are made smaller to keep several stages busy.
+        fixed_partners: [n] int64, for each row of the store its partner's, from
+            :func:`~nemo_kto.data.fixed_pairs.fixed_partners`; None: partners are found within each global batch.
     """
 
     dp_rank: int
@@ -47,6 +50,7 @@ class BatchLayout:
     needs_kl: bool
     packing: bool = False
     stages: int = 1
+    fixed_partners: IntArray | None = field(default=None, compare=False)
 
     @property
     def capacity(self) -> int:
@@ -57,9 +61,10 @@ class BatchLayout:
 def collate_step(store: TokenStore, indices: IntArray, layout: BatchLayout) -> StepBatch:
     """Build this data-parallel rank's share of one global batch.
 
-    Pairing looks at the whole global batch, in its order, before anything is cut: it depends on neither ranks nor
-    micro-batches, and neither do the counts. Which samples share a micro-batch, and which rank gets it, is planned by
-    length (:mod:`nemo_kto.data.plan`). Where samples are few (the last batch of validation) a share may be empty.
+    Pairing looks at the whole global batch, in its order, before anything is cut, unless partners are fixed: it
+    depends on neither ranks nor micro-batches, and neither do the counts. Which samples share a micro-batch, and which
+    rank gets it, is planned by length (:mod:`nemo_kto.data.plan`). Where samples are few (the last batch of
+    validation) a share may be empty.
 
     A KL row is the sample's prompt and its partner's response, cut at ``seq_length``. A pair whose prompt leaves no
     room for a response does not count. Without a partner, and for every sample when ``needs_kl`` is false (then no
@@ -142,10 +147,17 @@ def _partners(store: TokenStore, indices: IntArray, layout: BatchLayout) -> list
     """For each sample of the global batch the row of the store whose response it is paired with, if any."""
     if not layout.needs_kl:
         return [None] * len(indices)
+    fixed = layout.fixed_partners
+    found = _within(store, indices) if fixed is None else fixed[indices].tolist()
+    has_room = store.prompt_lengths[indices] < layout.seq_length
+    return [m if m not in (None, NONE) and room else None for m, room in zip(found, has_room, strict=True)]
+
+
+def _within(store: TokenStore, indices: IntArray) -> list[int | None]:
+    """Rows of the global batch itself as partners, in its order."""
     rows = [int(i) for i in indices]
     places = mismatched_partners([store.prompt_key(i) for i in rows], [store.response_key(i) for i in rows])
-    has_room = store.prompt_lengths[indices] < layout.seq_length
-    return [rows[m] if m is not None and room else None for m, room in zip(places, has_room, strict=True)]
+    return [None if m is None else rows[m] for m in places]
 
 
 def _input_lengths(

@@ -88,6 +88,11 @@ class GlobalBatchSampler:
             )
         return consumed_samples // self.global_batch_size
 
+    @property
+    def first_order(self) -> IntArray:
+        """[num_samples] int64: all rows in the order of the first epoch, those that fill no batch last."""
+        return self._order(0) if self._shuffle else np.arange(self.num_samples, dtype=np.int64)
+
     def batch_indices(self, step: int) -> IntArray:
         """[N] int64: rows of global batch ``step`` (from 0, across epochs) in global order, equal on every rank."""
         epoch, position = divmod(step, self.steps_per_epoch)

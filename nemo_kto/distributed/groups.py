@@ -23,6 +23,8 @@ class ParallelGroups:
     tp: dist.ProcessGroup
     pp: dist.ProcessGroup
     dp: dist.ProcessGroup
+    model: dist.ProcessGroup
+    """The ranks of this rank's model replica: TP x PP, all at the same place on the data-parallel axis."""
     tp_rank: int
     tp_size: int
     pp_rank: int
@@ -31,6 +33,8 @@ class ParallelGroups:
     dp_size: int
     last_stage_rank: int
     """World rank of the last pipeline stage of this rank's pipeline: the source of everything the loss knows."""
+    speaker_rank: int
+    """World rank of the first tensor-parallel rank of the last stage of this replica: it reads and writes for it."""
     device: torch.device
 
     @property
@@ -42,6 +46,11 @@ class ParallelGroups:
     def is_last_stage(self) -> bool:
         """Whether this rank holds the final norm and the LM head; log-probs and losses exist only here."""
         return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_speaker(self) -> bool:
+        """Whether this rank reads and writes for its replica: one of its ranks does."""
+        return self.is_last_stage and self.tp_rank == 0
 
     @property
     def model_rank(self) -> int:
@@ -83,16 +92,20 @@ def current(device: torch.device) -> ParallelGroups:
     """This rank's groups as Megatron holds them now."""
     from megatron.core import parallel_state as ps
 
+    model = ps.get_model_parallel_group()
+    tp_size = ps.get_tensor_model_parallel_world_size()
     return ParallelGroups(
         tp=ps.get_tensor_model_parallel_group(),
         pp=ps.get_pipeline_model_parallel_group(),
         dp=ps.get_data_parallel_group(),
+        model=model,
         tp_rank=ps.get_tensor_model_parallel_rank(),
-        tp_size=ps.get_tensor_model_parallel_world_size(),
+        tp_size=tp_size,
         pp_rank=ps.get_pipeline_model_parallel_rank(),
         pp_size=ps.get_pipeline_model_parallel_world_size(),
         dp_rank=ps.get_data_parallel_rank(),
         dp_size=ps.get_data_parallel_world_size(),
         last_stage_rank=ps.get_pipeline_model_parallel_last_rank(),
+        speaker_rank=sorted(dist.get_process_group_ranks(model))[-tp_size],  # stages follow one another in the world
         device=device,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
@@ -31,12 +31,15 @@ class WeightSwap:
 
     Args:
         chunks: model chunks, wrapped as they are trained.
-        reference: the reference policy's weights, captured from the same parameters.
+        reference: the reference policy's weights, captured from the same parameters; or what captures them, which the
+            first swap does on all ranks together.
         restore: where the policy waits: ``auto`` (the first that is possible), ``device`` (a second copy there),
             ``masters`` (the optimizer's, see :meth:`use_masters`) or ``host``.
     """
 
-    def __init__(self, chunks: Sequence[nn.Module], reference: HostWeights, restore: str = "auto") -> None:
+    def __init__(
+        self, chunks: Sequence[nn.Module], reference: HostWeights | Callable[[], HostWeights], restore: str = "auto"
+    ) -> None:
         self._chunks = list(chunks)
         self._reference = reference
         self._restore = restore
@@ -51,7 +54,9 @@ class WeightSwap:
 
     @property
     def reference(self) -> HostWeights:
-        """The reference policy's weights."""
+        """The reference policy's weights; captured now where they have not been."""
+        if not isinstance(self._reference, HostWeights):
+            self._reference = self._reference()
         return self._reference
 
     @property
@@ -69,6 +74,7 @@ class WeightSwap:
             KTOError: the policy cannot wait where ``restore`` says.
         """
         require_policy(self._chunks, "another swap")
+        reference = self.reference
         with ExitStack() as stack:
             stack.enter_context(_signals_held())
             stack.enter_context(parameters_settled(self._chunks))
@@ -76,12 +82,12 @@ class WeightSwap:
             keeper = self._keep()
             mark_reference(self._chunks, True)
             try:
-                self._reference.restore()
+                reference.restore()
                 yield
             finally:
                 keeper.put_back()
                 mark_reference(self._chunks, False)
-                self.bytes_moved += keeper.bytes_moved + self._reference.num_bytes
+                self.bytes_moved += keeper.bytes_moved + reference.num_bytes
 
     def _keep(self) -> Keeper:
         reasons: list[str] = []

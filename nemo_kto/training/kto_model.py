@@ -66,6 +66,7 @@ class MegatronGPTKTOModel(ModelPT):
         self._step: KTOStep | None = None
         self._validation_sums: dict[str, float] = {}
         self._validation_pairs = 0
+        self._rows_seen = 0
         self._step_started = time.perf_counter()
         self._metrics_file = MetricsFile(self.log_dir / "metrics.jsonl")
         self._save_restore_connector = MegatronKTOConnector()
@@ -137,7 +138,7 @@ class MegatronGPTKTOModel(ModelPT):
         self.skips.count(taken=optimizer.optimizer.succeeded)
         norm, step = optimizer.optimizer.grad_norm, self.trainer.global_step
         means = named_means(sums, batch.counts, self._settings.beta)
-        self._report({**means, "reference_bytes": moved}, batch, rate, norm)
+        self._report({**means, "reference_bytes": moved, **self._rows_computed()}, batch, rate, norm)
         self.skips.report(step, self.consumed_samples, sums["loss"], norm, writes=self.trainer.is_global_zero)
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -157,6 +158,11 @@ class MegatronGPTKTOModel(ModelPT):
             self._metrics_file.go_back_to(self.trainer.global_step)
             self.skips.go_back_to(self.trainer.global_step)
         self._step_started = time.perf_counter()
+
+    def on_train_end(self) -> None:
+        """Leave the cache as it can be found."""
+        if self.policy.cache is not None:
+            self.policy.cache.close()
 
     def pause(self, seconds: float) -> None:
         """Leave time that was spent on something else out of the step's."""
@@ -180,6 +186,13 @@ class MegatronGPTKTOModel(ModelPT):
             "peak_memory_bytes": peak_memory_bytes(),
         }
         self._publish(record)
+
+    def _rows_computed(self) -> Metrics:
+        """Rows that the cache did not have since this was last asked, over all ranks; nothing without a cache."""
+        if self.policy.cache is None:
+            return {}
+        before, self._rows_seen = self._rows_seen, self.policy.cache.rows_computed
+        return {"reference_rows_computed": self._rows_seen - before}
 
     def _publish(self, record: Metrics) -> None:
         """To metrics.jsonl, the loggers and the progress bar."""
@@ -206,7 +219,7 @@ class MegatronGPTKTOModel(ModelPT):
     def on_validation_epoch_end(self) -> None:
         """Means over the whole validation set."""
         counts = replace(self.data.validation_counts, num_kl_pairs=self._validation_pairs)
-        means = named_means(self._validation_sums, counts, self._settings.beta)
+        means = {**named_means(self._validation_sums, counts, self._settings.beta), **self._rows_computed()}
         record: Metrics = {
             "step": self.trainer.global_step,
             "epoch": self.data.epoch(self.consumed_samples),
@@ -245,6 +258,7 @@ class MegatronGPTKTOModel(ModelPT):
             "global_batch_size": self.run.model.global_batch_size,
             "layout": {"tensor": groups.tp_size, "pipeline": groups.pp_size, "data": groups.dp_size},
             "reference": self.policy.identity,
+            "reference_weights": self.policy.reference_weights,
             "identity": self.data.identity,
         }
         own = {RECORD: json.dumps(record, indent=1), "config.yaml": to_yaml(self.run)}
@@ -254,6 +268,8 @@ class MegatronGPTKTOModel(ModelPT):
         """Keep where the data stands."""
         checkpoint["consumed_samples"] = self.consumed_samples
         checkpoint["global_batch_size"] = self.run.model.global_batch_size
+        if self.policy.cache is not None:
+            self.policy.cache.flush()  # a run that goes on from here finds what this one has found
         checkpoint.update(self.skips.state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -11,25 +11,32 @@ from torch import nn
 
 from nemo_kto.checkpoint.adapters import load_adapters, starting_spec
 from nemo_kto.checkpoint.base_identity import base_identity
-from nemo_kto.checkpoint.run_reference import RunReference
+from nemo_kto.checkpoint.run_reference import RunReference, Settled
 from nemo_kto.checkpoint.saving import Contents
 from nemo_kto.checkpoint.sharded import Part
 from nemo_kto.checkpoint.weights import load_weights
+from nemo_kto.config import manifest
 from nemo_kto.config.adapter_record import FILE, AdapterRecord, holds_adapters, read_record
 from nemo_kto.config.architecture import read_architecture
 from nemo_kto.config.locate import hf_side, resume_path
 from nemo_kto.config.lora import LoraSpec, check_layers, reference_mode
+from nemo_kto.config.reference_cache import is_cached
+from nemo_kto.config.resume import run_record
 from nemo_kto.config.schema import Config
 from nemo_kto.distributed.groups import ParallelGroups
+from nemo_kto.errors import CheckpointError
 from nemo_kto.gpt import lora
 from nemo_kto.gpt.build import build_gpt
 from nemo_kto.gpt.forward import Passes
 from nemo_kto.reference.adapters_off import AdaptersOffReference
 from nemo_kto.reference.base import Reference
+from nemo_kto.reference.cache import CachedReference
 from nemo_kto.reference.columns import ReferenceColumns
 from nemo_kto.reference.host_weights import HostWeights
+from nemo_kto.reference.late_capture import capture_from
 from nemo_kto.reference.swap import SwapReference, WeightSwap
 from nemo_kto.training.optim import wrap_data_parallel
+from nemo_kto.training.reference_cache import cached, compute_dtype
 from nemo_kto.training.step import loss_settings, score_size
 
 
@@ -44,6 +51,8 @@ class Policy:
         swap: how the reference gets in and out, where it is swapped.
         identity: what a resumed run's reference must be; None where the run keeps nothing.
         contents: what its checkpoints hold besides optimizer and counters.
+        cache: keeps log-probs of the reference, where the run asks for that.
+        reference_weights: what those are kept under, for a run that goes on with the kept reference; None without.
     """
 
     chunks: nn.ModuleList
@@ -52,6 +61,8 @@ class Policy:
     swap: WeightSwap | None
     identity: str | None
     contents: Contents
+    cache: CachedReference | None = None
+    reference_weights: dict[str, str] | None = None
 
     @property
     def bytes_moved(self) -> int:
@@ -85,6 +96,20 @@ class PolicyBuilder:
         spec = starting_spec(self._run.model.peft, self._arch)
         return self._full() if spec is None else self._adapted(spec)
 
+    def reference_alone(self) -> tuple[CachedReference, ReferenceColumns]:
+        """The reference of a run with a cache, without a policy: nothing is swapped or kept but log-probs.
+
+        Raises:
+            CheckpointError: its weights cannot be read.
+            ConfigError: the layout does not fit.
+        """
+        source = self._run.model.kto.reference_from_path  # with LoRA it is the base
+        chunks = self._network()
+        load_weights(chunks, self._arch, source, self._groups)
+        passes = Passes(chunks, self._groups, self._arch.vocab_size)
+        cache = cached(self._run, self._arch, base_identity(source), passes, self._groups)
+        return cache, self._columns(cache)
+
     def _network(self, spec: LoraSpec | None = None) -> nn.ModuleList:
         model = self._run.model
         chunks: Sequence[nn.Module] = build_gpt(self._arch, model, bf16=self._run.trainer.is_bf16, groups=self._groups)
@@ -94,20 +119,44 @@ class PolicyBuilder:
         return nn.ModuleList(wrap_data_parallel(chunks, model.optim) if self._fitting else chunks)
 
     def _full(self) -> Policy:
-        """The reference is loaded first and captured; where the policy starts elsewhere its weights then follow."""
+        """The reference is loaded first and captured; where the policy starts elsewhere its weights then follow.
+
+        With a cache it is captured when a row has to be scored, if any: till then no copy of it is held.
+        """
         chunks = self._network()
         source = self._run.model.kto.reference_from_path
-        contents = Contents(self._hf_side)
-        identity = self._settle(
-            chunks,
-            f"model.kto.reference_from_path={source}",
-            partial(load_weights, chunks, self._arch, source, self._groups),
-            contents,
-        )
-        swap = self._swap(chunks)
+        load = partial(load_weights, chunks, self._arch, source, self._groups)
+        kept = self._kept(f"model.kto.reference_from_path={source}", load, Contents(self._hf_side))
+        settled = self._settle(kept, chunks)
+        if is_cached(self._run.model.kto):
+            weights = self._weights_of(settled, source)
+            again = partial(self._load_again, kept, settled, chunks, weights)
+            swap = self._swap(chunks, partial(capture_from, chunks, again))
+        else:
+            weights, swap = None, self._swap(chunks, HostWeights(chunks))
         if source != self._start:
             load_weights(chunks, self._arch, self._start, self._groups)
-        return self._policy(chunks, swap, identity, contents)
+        return self._policy(chunks, swap, settled.identity, kept.contents, weights)
+
+    def _weights_of(self, settled: Settled, source: str) -> str:
+        """SHA-256 that the cache knows the reference by: of the checkpoint that the run first took it from.
+
+        What a run keeps has the weights in its own dtype, and is a checkpoint of its own where the dtype has changed.
+        """
+        if settled.origin is None:
+            return base_identity(source)
+        known = (run_record(self._resume) if self._resume is not None else {}).get("reference_weights") or {}
+        if known.get("dtype") == compute_dtype(self._run):
+            return str(known["sha256"])
+        return manifest.identity(settled.origin)
+
+    def _load_again(self, kept: RunReference, settled: Settled, chunks: nn.ModuleList, weights: str) -> None:
+        source = self._run.model.kto.reference_from_path
+        if settled.identity is None and settled.origin is None and base_identity(source) != weights:
+            raise CheckpointError(
+                f"the weights in model.kto.reference_from_path={source} have changed since the start"
+            )
+        kept.load_again(chunks, self._groups, settled)
 
     def _adapted(self, spec: LoraSpec) -> Policy:
         """The base's weights never change. The reference is the base, or base and the adapters of the start."""
@@ -121,10 +170,11 @@ class PolicyBuilder:
         load = partial(self._load_adapters, chunks, record)
         if reference_mode(model) == "adapters_off":
             load()
-            return self._policy(chunks, None, record.base_sha256, contents)
-        source = f"model.peft.restore_from_path={model.peft.restore_from_path}"
-        identity = self._settle(chunks, source, load, contents)
-        return self._policy(chunks, self._swap(chunks), identity, contents)
+            weights = record.base_sha256 if is_cached(model.kto) else None
+            return self._policy(chunks, None, record.base_sha256, contents, weights)
+        kept = self._kept(f"model.peft.restore_from_path={model.peft.restore_from_path}", load, contents)
+        settled = self._settle(kept, chunks)
+        return self._policy(chunks, self._swap(chunks, HostWeights(chunks)), settled.identity, contents, None)
 
     def _load_adapters(self, chunks: nn.ModuleList, record: AdapterRecord) -> None:
         model = self._run.model
@@ -140,10 +190,13 @@ class PolicyBuilder:
             row_init=tuning.row_init_method,
         )
 
-    def _settle(self, chunks: nn.ModuleList, source: str, load: Callable[[], None], contents: Contents) -> str | None:
+    def _kept(self, source: str, load: Callable[[], None], contents: Contents) -> RunReference:
+        return RunReference(Path(self._run.exp_manager.explicit_log_dir), source, load, contents)
+
+    def _settle(self, kept: RunReference, chunks: nn.ModuleList) -> Settled:
         """Fill the live parameters with the reference, which a run keeps from its start on."""
         exp = self._run.exp_manager
-        return RunReference(Path(exp.explicit_log_dir), source, load, contents).settle(
+        return kept.settle(
             chunks,
             self._groups,
             resume_from=self._resume,
@@ -151,16 +204,25 @@ class PolicyBuilder:
             keep=self._fitting and exp.create_checkpoint_callback,
         )
 
-    def _swap(self, chunks: nn.ModuleList) -> WeightSwap:
-        """With the live weights as the reference's."""
-        return WeightSwap(chunks, HostWeights(chunks), self._run.model.kto.reference_restore)
+    def _swap(self, chunks: nn.ModuleList, reference: HostWeights | Callable[[], HostWeights]) -> WeightSwap:
+        return WeightSwap(chunks, reference, self._run.model.kto.reference_restore)
 
     def _policy(
-        self, chunks: nn.ModuleList, swap: WeightSwap | None, identity: str | None, contents: Contents
+        self,
+        chunks: nn.ModuleList,
+        swap: WeightSwap | None,
+        identity: str | None,
+        contents: Contents,
+        weights: str | None,
     ) -> Policy:
-        kto = self._run.model.kto
         passes = Passes(chunks, self._groups, self._arch.vocab_size)
-        needs_kl = loss_settings(kto).needs_kl
         reference: Reference = AdaptersOffReference(chunks, passes) if swap is None else SwapReference(swap, passes)
-        columns = ReferenceColumns(reference, size=score_size(self._run.model), needs_kl=needs_kl)
-        return Policy(chunks, passes, columns, swap, identity, contents)
+        if weights is None:
+            return Policy(chunks, passes, self._columns(reference), swap, identity, contents)
+        cache = cached(self._run, self._arch, weights, reference, self._groups)
+        record = {"sha256": weights, "dtype": compute_dtype(self._run)}
+        return Policy(chunks, passes, self._columns(cache), swap, identity, contents, cache, record)
+
+    def _columns(self, reference: Reference) -> ReferenceColumns:
+        model = self._run.model
+        return ReferenceColumns(reference, size=score_size(model), needs_kl=loss_settings(model.kto).needs_kl)

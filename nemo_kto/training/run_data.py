@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch.utils.data import DataLoader
 
 from nemo_kto.config.architecture import Architecture
@@ -10,6 +12,7 @@ from nemo_kto.config.schema import Config
 from nemo_kto.data.batch import StepBatch
 from nemo_kto.data.collate import BatchLayout
 from nemo_kto.data.datamodule import train_loader, validation_loader
+from nemo_kto.data.fixed_pairs import fixed_partners
 from nemo_kto.data.places import RecordPlaces
 from nemo_kto.data.sampler import GlobalBatchSampler
 from nemo_kto.data.store import TokenStore
@@ -51,6 +54,7 @@ class RunData:
             shuffle=model.data.shuffle,
             limit_batches=loop.limit_train_batches,
         )
+        self._partners = fixed_partners(train, self.train_sampler.first_order) if model.kto.fixed_pairs else None
         self.steps_per_epoch = self.train_sampler.steps_per_epoch
         by_epochs = self.steps_per_epoch * loop.max_epochs
         self.total_steps = by_epochs if loop.max_steps == -1 else min(by_epochs, loop.max_steps)
@@ -77,7 +81,7 @@ class RunData:
         return train_loader(
             self._train_store,
             self.train_sampler,
-            self._layout(dp_rank, dp_size),
+            replace(self._layout(dp_rank, dp_size), fixed_partners=self._partners),
             total_steps=self.total_steps,
             start_step=self.train_sampler.step_at(consumed_samples),
             num_workers=self._config.model.data.num_workers,

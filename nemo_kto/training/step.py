@@ -42,13 +42,17 @@ def loss_settings(kto: KTOConfig) -> LossSettings:
     )
 
 
-def score_size(model: ModelConfig) -> ForwardSize | None:
-    """How many rows a forward without gradient takes; None where that is as many as in training."""
+def forward_size(model: ModelConfig) -> ForwardSize:
+    """How many rows a forward without gradient takes."""
     rows = model.kto.log_prob_forward_micro_batch_size
-    if rows == model.micro_batch_size:
-        return None
     tokens = rows * model.data.seq_length if model.data.packing else None
     return ForwardSize(rows, tokens, model.tensor_model_parallel_size if model.sequence_parallel else 1)
+
+
+def score_size(model: ModelConfig) -> ForwardSize | None:
+    """The same, but None where it is that of training: micro-batches are then scored as they are trained on."""
+    same = model.kto.log_prob_forward_micro_batch_size == model.micro_batch_size
+    return None if same else forward_size(model)
 
 
 @dataclass(frozen=True)

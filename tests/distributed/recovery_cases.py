@@ -177,14 +177,14 @@ def reference(rank: int, root: Path) -> dict[str, object]:
     def settle(source: str, *, resume: bool, may_differ: bool = False, where: Path = log_dir) -> object:
         key = f"model.kto.reference_from_path={root / source}"
         load = partial(load_weights, run.chunks, run.arch, root / source, run.groups)
-        identity = RunReference(where, key, load, Contents(root / "model")).settle(
+        settled = RunReference(where, key, load, Contents(root / "model")).settle(
             run.chunks,
             run.groups,
             resume_from=checkpoint if resume else None,
             may_differ=may_differ,
             keep=True,
         )
-        return identity, kit.same(run.weights(), expected)
+        return settled.identity, kit.same(run.weights(), expected)
 
     fresh = settle("model", resume=False)
     record = json.dumps({"reference": fresh[0], "identity": {}})

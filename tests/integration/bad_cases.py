@@ -106,7 +106,9 @@ ASKED = {
     "interpolation": config("model.seed=${nothing}", says=("nothing",)),
     "preset": config("loss=dpo", says=("loss/dpo", "apo_zero_unpaired kto kto_paper")),
     "layout": config("layout=9gpu", says=("layout/9gpu", "8gpu")),
-    "not built": config("model.kto.reference=cache", says=("model.kto.reference=cache: not available yet",)),
+    "no cache": config(
+        "model.kto.reference_cache_dir=x", says=("model.kto.reference_cache_dir=x is of model.kto.reference=cache",)
+    ),
     "other adapters": config("model.peft.peft_scheme=ia3", says=("model.peft.peft_scheme=ia3 is not one of",)),
     "no layer": config(
         *("model.peft.peft_scheme=lora", "model.peft.lora_tuning.layer_selection=[99]"),

@@ -231,7 +231,9 @@ def test_class_balance(counts, weights, normalization, expected):
 def test_imbalance_is_logged(tmp_path, caplog):
     rows = [(p, r, i < 2) for i, (p, r, _) in enumerate(random_rows(20))]
     summary = make_store(tmp_path / "s", rows).summary
-    kto = KTOConfig(1, 0.1, 1.0, 1.0, False, False, 1.0, 0.0, "swap", "", 1, "auto", "per_sample", "per_class", "kto")
+    kto = KTOConfig(
+        1, 0.1, 1.0, 1.0, False, False, 1.0, 0.0, "swap", "", 1, "auto", "", False, "per_sample", "per_class", "kto"
+    )
     with caplog.at_level(logging.WARNING):
         warn_of_imbalance(summary, kto)
         assert caplog.text == ""

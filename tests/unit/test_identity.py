@@ -48,6 +48,7 @@ MATTERS = {
     "model.kto.kl_clamp=batch_mean": "model.kto.kl_clamp was per_sample, now batch_mean",
     "model.kto.loss_normalization=per_batch": "model.kto.loss_normalization was per_class, now per_batch",
     "model.kto.loss_type=apo_zero_unpaired": "model.kto.loss_type was kto, now apo_zero_unpaired",
+    "model.kto.fixed_pairs=true": "model.kto.fixed_pairs was false, now true",
 }
 FREE = [
     "model.micro_batch_size=2",
@@ -55,6 +56,7 @@ FREE = [
     "model.kto.reference_from_path=elsewhere",
     "model.kto.reference_lookahead=4",
     "model.kto.reference_restore=host",
+    "model.kto.reference_cache_dir=elsewhere",
     "model.tensor_model_parallel_size=2",
     "model.pipeline_model_parallel_size=2",
     "model.optim.lr=1",
