@@ -242,6 +242,7 @@ class Job:
 
     def __init__(self, overrides: list[str]) -> None:
         from nemo_kto import launch
+        from nemo_kto.checkpoint.base_identity import base_identity
         from nemo_kto.checkpoint.weights import load_weights
         from nemo_kto.config.architecture import read_architecture
         from nemo_kto.config.load import load_config
@@ -252,24 +253,25 @@ class Job:
         from nemo_kto.reference.host_weights import HostWeights
         from nemo_kto.reference.swap import SwapReference, WeightSwap
         from nemo_kto.training.optim import build_optimizer, float32_masters, wrap_data_parallel
+        from nemo_kto.training.reference_cache import cached
         from nemo_kto.training.run_data import RunData
         from nemo_kto.training.step import KTOStep, loss_settings, score_size
 
         self.config = config = load_config(overrides)
-        model, bf16 = config.model, config.trainer.is_bf16
-        start, reference = config.pretrained_checkpoint.restore_from_path, model.kto.reference_from_path
+        model, bf16, start = config.model, config.trainer.is_bf16, config.pretrained_checkpoint.restore_from_path
+        reference = model.kto.reference_from_path
         self.groups = launch.start(model.tensor_model_parallel_size, model.pipeline_model_parallel_size)
         self.arch = read_architecture(start)
         self.chunks = wrap_data_parallel(build_gpt(self.arch, model, bf16=bf16, groups=self.groups), model.optim)
         load_weights(self.chunks, self.arch, reference, self.groups)
         self.swap = WeightSwap(self.chunks, HostWeights(self.chunks), model.kto.reference_restore)
         load_weights(self.chunks, self.arch, start, self.groups)
-        clip = config.trainer.kto.gradient_clip_val
-        self.optimizer = build_optimizer(self.chunks, model.optim, clip_grad=clip)
+        self.optimizer = build_optimizer(self.chunks, model.optim, clip_grad=config.trainer.kto.gradient_clip_val)
         self.swap.use_masters(partial(float32_masters, self.optimizer))
-        self.settings = loss_settings(model.kto)
-        passes = Passes(self.chunks, self.groups, self.arch.vocab_size)
+        self.settings, passes = loss_settings(model.kto), Passes(self.chunks, self.groups, self.arch.vocab_size)
         scorer = SwapReference(self.swap, passes)
+        if model.kto.reference == "cache":
+            scorer = cached(config, self.arch, base_identity(reference), scorer, self.groups)
         columns = ReferenceColumns(scorer, size=score_size(model), needs_kl=self.settings.needs_kl)
         self.step = KTOStep(passes, columns, self.settings, self.groups, score_size(model))
         data = RunData(config, build_store(model.data.data_prefix.train, start, model.data), None, self.arch)

@@ -23,8 +23,8 @@ class CachedReference:
     reference is entered by all ranks of the job or by none, because that may take exchanges between replicas.
 
     Groups of rows of which nothing is known are scored as they are: an entry's number is the one that scoring would
-    give, bit for bit, on the layout that made it and among the same rows (always, where every row has a forward of its own). Where
-    only some rows of a group are known the others are grouped anew. Otherwise numbers differ by rounding.
+    give, bit for bit, on the layout that made it and among the same rows (always, where every row has a forward of its
+    own). Where only some rows of a group are known the others are grouped anew. Otherwise numbers differ by rounding.
 
     Args:
         store: of this reference; None on ranks that do not speak for their replica.

@@ -64,8 +64,9 @@ class HeadWatch:
     def __init__(self, job: Job, columns: int) -> None:
         self.columns = columns
         self.seen: dict[str, Any] = {}
-        """``logits``: elements that the logits of every position of the largest micro-batch would have; ``largest``:
-        elements of the largest tensor; ``rows``: of each tensor that has this rank's ``columns``."""
+        """``micro_batches``: their number; ``logits``: elements that the logits of every position of the largest one
+        would have; ``largest``: elements of the largest tensor; ``rows``: of each tensor that has this rank's
+        ``columns``."""
         self._passes, self._train = job.step.passes, job.step.passes.train
         self._passes.train = self._watched
 
@@ -73,6 +74,7 @@ class HeadWatch:
         self._passes.train = self._train
         with Allocations() as allocations:
             totals = self._train(batches, *args)
+        self.seen["micro_batches"] = len(batches)
         self.seen["logits"] = self.columns * max(batch.samples.tokens.numel() for batch in batches)
         self.seen["largest"] = max(a.num_bytes for a in allocations.found) // 4
         self.seen["rows"] = [a.shape[0] for a in allocations.found if a.shape[-1:] == (self.columns,)]

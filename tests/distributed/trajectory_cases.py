@@ -37,6 +37,7 @@ PADDED = "model.data.packing=false"  # the default packs
 SCORE_4 = "model.kto.log_prob_forward_micro_batch_size=4"
 AHEAD_2, AHEAD_3 = ("model.kto.reference_lookahead=2",), ("model.kto.reference_lookahead=3",)
 """Ten steps, two epochs, are windows of 2 2 2 2 2, and of 3 3 3 1: over the end of an epoch, and cut at the end."""
+CACHE = "model.kto.reference=cache"
 
 
 def layout_words(tp: int, pp: int, micro: int) -> list[str]:
@@ -59,7 +60,8 @@ class Case:
     """Tokens per chunk of the LM head, so that there are many; None: as shipped, where this model has one."""
 
     def overrides(self, root: Path) -> list[str]:
-        return [*RECIPES[self.recipe].overrides(root), *layout_words(self.tp, self.pp, self.micro), *self.extra]
+        words = [*RECIPES[self.recipe].overrides(root), *layout_words(self.tp, self.pp, self.micro), *self.extra]
+        return [*words, f"model.kto.reference_cache_dir={root / 'log-probs' / self.recipe}"]
 
 
 CASES = {
@@ -87,6 +89,7 @@ CASES = {
         "dp2-paper": Case("paper"),
         "dp2-dist-overlap": Case("adam", micro=1, extra=OVERLAP),
         "dp2-dist-overlap-ahead": Case("adam", micro=1, extra=(*OVERLAP, *AHEAD_3)),
+        "dp2-cache-ahead": Case("adam", extra=(DIST, CACHE, *AHEAD_2)),
         "dp2-apo": Case("apo", micro=1, extra=(PADDED,)),
         "dp2-averages": Case("averages", extra=(DIST, OVERLAP_GRADS)),
         "pp2-mb1": Case("sgd", pp=2, micro=1),
@@ -94,10 +97,12 @@ CASES = {
         "pp2-tied_sgd": Case("tied_sgd", pp=2, micro=1),
         "pp2-paper-score4": Case("paper", pp=2, extra=(SCORE_4,)),
         "pp2-mb1-ahead": Case("sgd", pp=2, micro=1, extra=AHEAD_3),
+        "pp2-ahead-head": Case("adam", pp=2, extra=AHEAD_3, head_rows=6),
         "pp2-full": Case("sgd", pp=2, micro=1, extra=FULL),
         "tp2-mb2": Case("sgd", tp=2, extra=(PADDED,)),
         "tp2-tied": Case("tied", tp=2, micro=4),
         "tp2-paper_sgd_sft": Case("paper_sgd_sft", tp=2, micro=1),
+        "tp2-cache-head": Case("paper", tp=2, extra=(CACHE,), head_rows=6),
         "tp2sp-adam": Case("adam", tp=2, extra=(SEQUENCE,)),
         "tp2sp-averages": Case("averages", tp=2, micro=4, extra=(PADDED, SEQUENCE), head_rows=7),
         "tp2sp-sgd": Case("sgd", tp=2, extra=(SEQUENCE,)),
