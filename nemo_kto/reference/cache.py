@@ -50,7 +50,7 @@ class CachedReference:
     def log_probs(self, rows: Sequence[Rows]) -> list[Tensor]:
         """See :class:`~nemo_kto.reference.base.Reference`."""
         keys = self._keys(rows)
-        sizes = [r.tokens.size(0) for r in rows]
+        sizes = [len(split_rows([r])) for r in rows]
         known = self._share(self._look_up(keys), sum(sizes))
         if self._count(keys, known) > 0:
             found = self._score(rows, known.split(sizes))
