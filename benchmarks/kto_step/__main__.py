@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kto_step.contenders import Contender, chosen, groups
+from benchmarks.kto_step.contenders import CONTENDERS, SCALING, Contender, chosen, groups
 from benchmarks.kto_step.crew import ROOT, Places, Worker
 from benchmarks.kto_step.report import draw, table
 from benchmarks.kto_step.summary import cpu_seconds, summarize
@@ -94,15 +94,14 @@ def _record(worker: Worker) -> dict[str, Any]:
 
 
 def _forget(results: dict[str, Any], names: set[str]) -> None:
-    """Drop earlier groups in which a contender ran that runs again now."""
-    stale = {step["group"] for step in results["steps"] if step["contender"] in names}
-    results["steps"] = [step for step in results["steps"] if step["group"] not in stale]
+    """Drop what was measured earlier of contenders that run again now. The baseline beside them stays: others need it."""
+    results["steps"] = [step for step in results["steps"] if step["contender"] not in names]
 
 
 def _write(results: dict[str, Any], out: Path) -> None:
     steps, contenders = results["steps"], results["contenders"]
-    present = {step["contender"] for step in steps}
-    order = [c.name for c in chosen(list(contenders)) if c.name in present] if contenders else []
+    present = {step["contender"] for step in steps} & contenders.keys()
+    order = [contender.name for contender in (*CONTENDERS, *SCALING) if contender.name in present]
     own = {name: [step for step in steps if step["contender"] == name] for name in order}
     results["summary"] = [summarize(contenders[n], own[n], own[contenders[n]["baseline"]]) for n in order]
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -41,7 +42,8 @@ class Worker:
     def __init__(self, contender: Contender, places: Places, steps: int) -> None:
         self.contender = contender
         self._folder = places.out / contender.name
-        self._folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self._folder, ignore_errors=True)  # nothing of an earlier run: no cache, no log
+        self._folder.mkdir(parents=True)
         self._settings = Settings(
             model=str(places.model.resolve()),
             data=str(_write_records(contender, places.data, self._folder, steps)),
