@@ -94,7 +94,7 @@ def _record(worker: Worker) -> dict[str, Any]:
 
 
 def _forget(results: dict[str, Any], names: set[str]) -> None:
-    """Drop what was measured earlier of contenders that run again now. The baseline beside them stays: others need it."""
+    """Drop what was measured earlier of contenders that run again now. Their baseline stays: others need it."""
     results["steps"] = [step for step in results["steps"] if step["contender"] not in names]
 
 
