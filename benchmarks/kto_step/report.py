@@ -12,6 +12,8 @@ _HEAD = """\
 |---|--:|--:|--:|--:|--:|--:|--:|--:|
 """
 _EXPLAINED = 0.01  # largest relative difference of counted operations to the formula's that goes without saying
+_AXIS = "CPU-seconds per optimizer step (dark: user, light: system), median, quartiles; ratio to TRL"
+_BUSY = 0.5  # load average above a contender's own threads
 _COLORS = {"TRL": "#7f7f7f", "nemo_kto": "#2a7f3f", "NeMo-Aligner's algorithm": "#b5651d"}
 
 
@@ -49,6 +51,8 @@ def _flops(row: Row, rows: Sequence[Row]) -> str:
 
 def _notes(row: Row) -> list[str]:
     notes, once = [], row["once"]
+    if row["load"] > row["threads"] + _BUSY:
+        notes.append(f"{row['title']}: load average {row['load']:.1f}: others were using the machine, measure again")
     if once:
         seconds = once["user_s"] + once["sys_s"]
         notes.append(f"{row['title']}, once: {seconds:.1f} CPU-s for {once['rows']} samples")
@@ -84,9 +88,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         )
         for axes, panel in zip(grid[:, 0], panels, strict=True):
             _draw_panel(axes, panel)
-        grid[-1, 0].set_xlabel(
-            "CPU-seconds per optimizer step (dark: user, light: system), median, quartiles of the sum"
-        )
+        grid[-1, 0].set_xlabel(_AXIS)
         figure.savefig(path, dpi=110)
         plt.close(figure)
 

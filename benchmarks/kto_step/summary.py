@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.kto_step.flops import Pass, Shape, step_flops
 
 Step = Mapping[str, Any]
-"""What a contender answered for one step: ``contender``, ``group``, ``round``, ``counted`` and its measurements."""
+"""What a contender answered for one step: ``contender``, ``group``, ``round``, ``counted``, ``load``, and its measurements."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,8 @@ def summarize(contender: Mapping[str, Any], steps: Sequence[Step], baseline: Seq
         "largest_loss_difference": _largest_difference(steps, baseline, "loss"),
         "largest_kl_difference": _largest_difference(steps, baseline, "kl"),
         "once": contender["once"],
+        "threads": contender["ranks"] * contender["threads"],
+        "load": statistics.median(step["load"] for step in timed),
         "efficiency": _efficiency(contender, steps, baseline),
     }
 

@@ -31,6 +31,7 @@ def step(contender, number, cpu, *, group=0, wall=1.0, loss=0.5, counted=False, 
         "wall_s": wall,
         "loss": loss,
         "kl": 0.0,
+        "load": 2.0,
         "peak_bytes": 2_000_000_000 + number,
         "passes": [run],
         **more,
@@ -73,6 +74,12 @@ def test_the_table_says_what_was_measured():
         "| OWN | 2.75 (2.62 to 2.88) | 0.25 (0.25 to 0.25) | 2.06 | 0.69 | 1.00 | 100 (20.0 %) | 2 | 2.00 |",
     ]
     assert "OWN: 3.000 x parameter bytes moved per step" in table(rows)
+
+
+def test_a_busy_machine_is_said():
+    idle, busy = [step("base", 0, 1.0)], [step("base", 0, 1.0, load=4.0)]
+    assert "others were using the machine" not in table([summarize(record("base"), idle, idle)])
+    assert "load average 4.0: others were using the machine" in table([summarize(record("base"), busy, busy)])
 
 
 def test_operations_that_the_formula_does_not_explain_are_said():
