@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.kto_step.flops import Pass, Shape, step_flops
 
 Step = Mapping[str, Any]
-"""What a contender answered for one step: ``contender``, ``group``, ``round``, ``counted``, ``load``, and its measurements."""
+"""One answer for one step: ``contender``, ``group``, ``round``, ``counted``, ``load``, and what was measured."""
 
 
 @dataclass(frozen=True)
