@@ -123,7 +123,9 @@ class Worker:
         if not line:
             log = self._folder / f"rank{rank}.log"
             tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL:])
-            raise SystemExit(f"error: {self.contender.name}, rank {rank}, has ended. The end of {log}:\n{tail}")
+            code = self._ranks[rank].wait()
+            name = f"{self.contender.name}, rank {rank}"
+            raise SystemExit(f"error: {name}, has ended with exit code {code}. The end of {log}:\n{tail}")
         return json.loads(line)
 
 
