@@ -7,12 +7,16 @@ DEMO ?= smollm2
 PEFT ?= none
 BIN := .venv/bin
 READY := .venv/.ready
+TRL_READY := .venv-trl/.ready
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 TORCH := $(shell sed -n 's/^torch==//p' requirements/cpu.txt)
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# First from the indexes that pip is set up with (offline mirrors have it), then from PyTorch's own.
+install_cpu_torch = $(1) install --quiet --no-deps 'torch==$(TORCH)+cpu' 2>/dev/null || \
+  $(1) install --quiet --no-deps --index-url $(CPU_WHEELS) 'torch==$(TORCH)'
 
-.PHONY: help demo test test-slow test-effect drill lint format typecheck clean
+.PHONY: help demo test test-slow test-effect drill bench lint format typecheck clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -33,6 +37,10 @@ test-effect: $(READY)  ## train SmolLM2 four times, and hold what it learns to t
 drill: $(READY)  ## kill, stop, starve and damage real runs, and print what was lost (half an hour)
 	$(BIN)/python tests/faults/drill.py $(DRILL_ARGS)
 
+bench: $(READY) $(TRL_READY)  ## time a KTO step beside TRL's and NeMo-Aligner's (an hour; BENCH_ARGS="--rounds 3": less)
+	$(BIN)/python examples/demo/assets.py demo_out/smollm2/assets
+	$(BIN)/python -m benchmarks.kto_step $(BENCH_ARGS)
+
 lint: $(READY)  ## check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,7 +53,7 @@ typecheck: $(READY)  ## mypy --strict on floors 1 and 2
 	$(BIN)/mypy
 
 clean:  ## delete what the targets made, .venv and demo_out included
-	rm -rf .venv demo_out build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf .venv .venv-trl demo_out build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find nemo_kto examples benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): requirements/cpu.txt pyproject.toml
@@ -56,10 +64,15 @@ ifeq ($(GPU),yes)
 else
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: the pinned set needs Python 3.11 or later: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
-	@# First from the indexes that pip is set up with (offline mirrors have it), then from PyTorch's own.
-	$(PIP) install --quiet --no-deps 'torch==$(TORCH)+cpu' 2>/dev/null || \
-	  $(PIP) install --quiet --no-deps --index-url $(CPU_WHEELS) 'torch==$(TORCH)'
+	$(call install_cpu_torch,$(PIP))
 	$(PIP) install --quiet --requirement requirements/cpu.txt
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 endif
+	@touch $@
+
+$(TRL_READY): requirements/bench-trl.txt
+	@echo "setting up .venv-trl (once, a few minutes)"
+	$(PYTHON) -m venv .venv-trl
+	$(call install_cpu_torch,.venv-trl/bin/python -m pip --disable-pip-version-check)
+	.venv-trl/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
 	@touch $@
