@@ -58,19 +58,30 @@ _KEEP_MEMORY = {
 }
 _TRL = {"kind": Kind.TRL, "remakes_logits": True}
 _BF16 = {"bf16": True, "baseline": "trl-bf16"}
+_PADDED = ("model.data.packing=false",)
+_CACHE = ("model.kto.reference=cache",)
+_AHEAD = ("model.kto.reference_lookahead=8",)
+_LORA = ("model.peft.peft_scheme=lora", "model.optim.lr=2e-4")
+_FILL = ("cache-reference",)
 _ALONE = {"threads": 1, "baseline": "dp1"}
 
 CONTENDERS = (
     Contender("trl-fp32", "TRL", **_TRL),
     Contender("trl-fp32-precompute", "TRL, reference scored in advance", overrides=("precompute",), **_TRL),
     Contender("trl-fp32-malloc", "TRL, glibc told to keep memory", environment=_KEEP_MEMORY, **_TRL),
-    Contender("aligner-fp32", "NeMo-Aligner's algorithm", Kind.ALIGNER),
+    Contender("aligner-fp32", "NeMo-Aligner's algorithm", Kind.ALIGNER, overrides=_PADDED),
     Contender("ours-fp32", "nemo_kto"),
+    Contender("ours-fp32-cache", "nemo_kto, reference cached", overrides=_CACHE, prepare=_FILL),
+    Contender("ours-fp32-lookahead", "nemo_kto, one swap for 8 steps", overrides=_AHEAD, period=8),
+    Contender("ours-fp32-padded", "nemo_kto, without packing", overrides=_PADDED),
+    Contender("ours-fp32-malloc", "nemo_kto, glibc left alone", environment={"GLIBC_TUNABLES": ""}),
+    Contender("ours-fp32-lora", "nemo_kto, LoRA", overrides=_LORA),
     Contender("trl-bf16", "TRL", **_TRL, **_BF16),
     Contender("trl-bf16-precompute", "TRL, reference scored in advance", overrides=("precompute",), **_TRL, **_BF16),
     Contender("trl-bf16-weights", "TRL, no float32 masters", overrides=("bf16_weights",), **_TRL, **_BF16),
-    Contender("aligner-bf16", "NeMo-Aligner's algorithm", Kind.ALIGNER, **_BF16),
+    Contender("aligner-bf16", "NeMo-Aligner's algorithm", Kind.ALIGNER, overrides=_PADDED, **_BF16),
     Contender("ours-bf16", "nemo_kto", **_BF16),
+    Contender("ours-bf16-cache", "nemo_kto, reference cached", overrides=_CACHE, prepare=_FILL, **_BF16),
 )
 """The comparison, in the order of the table."""
 
