@@ -102,6 +102,7 @@ def _tokenise(args: argparse.Namespace, scratch: str) -> TokenStore:
     config = DataConfig(
         data_prefix=DataFilesConfig(args.data, None),
         seq_length=UNLIMITED,
+        packing=True,
         shuffle=False,
         append_eos=args.append_eos,
         overlong="drop",

@@ -111,6 +111,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Architecture, TokenStore]:
     data = DataConfig(
         data_prefix=DataFilesConfig(train=args.data, validation=None),
         seq_length=longest,
+        packing=True,
         shuffle=False,
         append_eos=not args.no_append_eos,
         overlong=args.overlong,

@@ -18,6 +18,7 @@ def data_config(cache_dir: Path, **changes: Any) -> DataConfig:
     """Defaults of conf/gpt_kto.yaml, in-process."""
     settings: dict[str, Any] = {
         "data_prefix": DataFilesConfig([], None),
+        "packing": True,
         "seq_length": 1024,
         "shuffle": True,
         "append_eos": True,
