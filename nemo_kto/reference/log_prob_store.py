@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_kto.config.manifest import write_text
 from nemo_kto.reference import log_prob_file
 from nemo_kto.reference.log_prob_file import ForeignFileError, RecordWriter, as_keys, make_records
 from nemo_kto.reference.row_keys import RowKey
@@ -93,9 +93,13 @@ class LogProbStore:
         self._writer.close()
 
     def _describe(self) -> None:
-        if self._about and not (self.folder / ABOUT).exists():
-            write_text(self.folder / ABOUT, self._about)
-        self._about = ""
+        """Once, with a draft of its own: others may be doing it as well. Nothing depends on it."""
+        about, self._about = self._about, ""
+        if about and not (self.folder / ABOUT).exists():
+            draft = self._writer.path.with_suffix(".draft")
+            with suppress(OSError):
+                draft.write_text(about, encoding="utf-8")
+                draft.replace(self.folder / ABOUT)
 
     def _give_up(self, error: OSError) -> None:
         self.failure = f"{self.folder} cannot be written ({error.strerror or error})"

@@ -228,17 +228,20 @@ def test_layouts_fill_one_cache(root):
 
 
 @pytest.mark.slow
-def test_a_killed_command_goes_on(root):
-    """kill -9 while it scores: what it had scored is there, and nothing of it is scored again."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 4)])
+def test_a_command_that_is_killed_or_stopped_goes_on(root, number, code):
+    """While it scores: what it had scored is there, and nothing of it is scored again."""
     tiny.make_records(root / "many.jsonl", 400, seed=3)
-    words = (f"{PLACE}=killed", "model.data.data_prefix.train=[many.jsonl]", "trainer.kto.max_epochs=1")
+    place = f"ended{code}"
+    words = (f"{PLACE}={place}", "model.data.data_prefix.train=[many.jsonl]", "trainer.kto.max_epochs=1")
     process = _command(root, *words)
-    while process.poll() is None and not any(f.stat().st_size > 1000 for f in root.glob("killed/*/*.logps")):
+    while process.poll() is None and not any(f.stat().st_size > 1000 for f in root.glob(f"{place}/*/*.logps")):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "it was done before it could be killed"
-    (file,) = root.glob("killed/*/*.logps")
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode == code, f"it was done before it could be ended\n{err}"
+    assert code < 0 or "stopped by SIGTERM after" in err
+    (file,) = root.glob(f"{place}/*/*.logps")
     left = (file.stat().st_size - 64) // 32
     total = 2 * 400 + 2 * HELDOUT
     assert 0 < left < total

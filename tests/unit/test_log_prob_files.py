@@ -176,11 +176,11 @@ def test_what_was_told_first_is_told_again(tmp_path):
 
 
 def _write(folder: Path, start: int, ready: threading.Event) -> None:
-    store = LogProbStore(folder, ME)
+    store = LogProbStore(folder, ME, about="what it is of")
     ready.wait(30)
     for n in range(start, start + 300):
         store.put([(key(n), value(n))])
-    os._exit(9)  # as a kill would: neither flushed nor closed
+    os._exit(9 if store.failure is None else 1)  # as a kill would: neither flushed nor closed
 
 
 def test_readers_see_whole_records_while_two_processes_write_and_die(tmp_path):
@@ -199,6 +199,8 @@ def test_readers_see_whole_records_while_two_processes_write_and_die(tmp_path):
         seen = whole.sum()
     for writer in writers:
         writer.join()
+    assert [writer.exitcode for writer in writers] == [9, 9]
+    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".logps"} == {"reference.json"}
     assert not np.isnan(reader.get([key(n) for n in numbers])).any()
 
 
