@@ -39,6 +39,7 @@ def quiet() -> None:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # a peer that has gone is reported as an error, not with a stack of C++
+        "KINETO_LOG_LEVEL": "99",  # the profiler would tell of every stage that it reaches
         "PYTHONWARNINGS": "ignore",  # for the worker processes
     }.items():
         os.environ.setdefault(key, value)

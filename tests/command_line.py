@@ -21,7 +21,17 @@ MEANS = (
 )
 CACHED = {"reference_rows_computed", "val/reference_rows_computed"}
 """Keys that lines of runs with ``model.kto.reference=cache`` have besides."""
-TRAINING = {*INTEGERS, *MEANS, "epoch", "loss", "grad_norm", "lr", "step_time_s", "tokens_per_second"} - CACHED
+TRAINING = {
+    *INTEGERS,
+    *MEANS,
+    "epoch",
+    "loss",
+    "grad_norm",
+    "lr",
+    "step_time_s",
+    "pad_fraction",
+    "tokens_per_second",
+} - CACHED
 """Keys of a training step's line (design, section 4, "Output")."""
 VALIDATED = {"loss", *MEANS, "num_desirable", "num_undesirable", "kl_pairs"}
 VALIDATION = {"step", "epoch", "consumed_samples", *(f"val/{name}" for name in VALIDATED)}

@@ -158,6 +158,9 @@ def _exp_manager(exp: ExpManagerConfig) -> Iterator[str]:
         yield f'exp_manager.max_time_per_run={exp.max_time_per_run} is not "DD:HH:MM:SS", such as "00:03:50:00"'
     elif exp.max_time_per_run == "00:00:00:00":
         yield "exp_manager.max_time_per_run=00:00:00:00 leaves no time for a step; null is no limit"
+    steps = exp.profile_steps
+    if steps is not None and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        yield f"exp_manager.profile_steps={steps} is not [first, last], two steps counted from 1, such as [10, 12]"
 
 
 def _sizes(model: ModelConfig) -> Iterator[str]:

@@ -56,6 +56,7 @@ class ExpManagerConfig:
     explicit_log_dir: str
     name: str
     max_time_per_run: str | None
+    profile_steps: list[int] | None
     create_tensorboard_logger: bool
     create_wandb_logger: bool
     wandb_logger_kwargs: dict[str, Any]

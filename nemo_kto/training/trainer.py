@@ -22,6 +22,7 @@ from nemo_kto.errors import KTOError
 from nemo_kto.training.checkpointing import CheckpointKeeper, StepBoundary
 from nemo_kto.training.kto_model import MegatronGPTKTOModel
 from nemo_kto.training.loggers import loggers
+from nemo_kto.training.profiling import StepProfiler
 from nemo_kto.training.progress import progress_callback
 from nemo_kto.training.run_data import RunData
 from nemo_kto.training.stopping import StopAgreement
@@ -97,7 +98,7 @@ def build_trainer(config: Config, data: RunData, world: World) -> pl.Trainer:
         num_nodes=world.num_nodes,
         precision="32-true",  # Megatron's own wrapper holds the bf16 weights
         logger=loggers(exp),
-        callbacks=[progress_callback(), boundary],
+        callbacks=[progress_callback(), boundary, *_profiler(exp)],
         enable_checkpointing=False,  # Lightning's own
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -119,6 +120,11 @@ def _keeper(exp: ExpManagerConfig, loop: KTOLoopConfig) -> CheckpointKeeper | No
     log_dir, params = Path(exp.explicit_log_dir), exp.checkpoint_callback_params
     retention = Retention(log_dir, params.mode, params.save_last_k, params.save_top_k)
     return CheckpointKeeper(log_dir, loop.save_interval, params.monitor, retention, ranks_best=params.save_top_k != 0)
+
+
+def _profiler(exp: ExpManagerConfig) -> list[StepProfiler]:
+    folder = Path(exp.explicit_log_dir) / "profile"
+    return [] if exp.profile_steps is None else [StepProfiler(folder, *exp.profile_steps)]
 
 
 def _seconds(limit: str | None) -> float | None:

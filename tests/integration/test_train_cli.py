@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -194,3 +196,15 @@ def launched(jobs):
 @pytest.fixture
 def timed(jobs):
     return jobs["timed"].result()
+
+
+def test_steps_can_be_traced(two):
+    found = sorted(path.name for path in (two.out / "profile").iterdir())
+    assert found == ["table-rank-0.txt", "table-rank-1.txt", "trace-rank-0.json.gz", "trace-rank-1.json.gz"]
+    for rank in range(2):
+        with gzip.open(two.out / "profile" / f"trace-rank-{rank}.json.gz", "rt", encoding="utf-8") as file:
+            names = [str(event.get("name")) for event in json.load(file)["traceEvents"]]
+        # one step alone: its optimizer is called once
+        assert sum(name.startswith("Optimizer.step#") for name in names) == 1
+        assert "aten::mm" in (two.out / "profile" / f"table-rank-{rank}.txt").read_text(encoding="utf-8")
+    assert "info: traced steps 2 to 2: two/profile/trace-rank-0.json.gz, table-rank-0.txt" in two.stderr.splitlines()

@@ -116,6 +116,7 @@ def two_run(root: Path) -> Run:
         *("trainer.devices=2", "model.tensor_model_parallel_size=2", "trainer.kto.max_steps=3"),
         *("pretrained_checkpoint.restore_from_path=other", "model.kto.reference_from_path=model"),
         *("trainer.kto.val_check_interval=0.5", "model.optim.sched.warmup_steps=1"),
+        "exp_manager.profile_steps=[2,2]",
     )
 
 

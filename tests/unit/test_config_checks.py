@@ -52,6 +52,8 @@ CASES = [
     ([f"{CALLBACK}.mode=best"], 1, f"{CALLBACK}.mode=best is not one of min, max"),
     ([f"{CALLBACK}.save_top_k=-2"], 1, f"{CALLBACK}.save_top_k=-2 must be at least -1"),
     (["exp_manager.max_time_per_run='00:00:00:00'"], 1, "exp_manager.max_time_per_run=00:00:00:00 leaves no time"),
+    (["exp_manager.profile_steps=[3,2]"], 1, "exp_manager.profile_steps=[3, 2] is not [first, last]"),
+    (["exp_manager.profile_steps=[0,2]"], 1, "exp_manager.profile_steps=[0, 2] is not [first, last]"),
     (["exp_manager.max_time_per_run='3:50'"], 1, 'exp_manager.max_time_per_run=3:50 is not "DD:HH:MM:SS"'),
     # model
     (
