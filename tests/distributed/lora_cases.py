@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from lora_runs import LORA_ADAM, LORA_SGD, STEPS, LoraJob
-from test_trajectory import DIST, FULL, OVERLAP, SELECTIVE, SEQUENCE, layout_words
+from trajectory_cases import DIST, FULL, OVERLAP, SELECTIVE, SEQUENCE, layout_words
 
 RECIPES = {
     "sgd": LORA_SGD,
