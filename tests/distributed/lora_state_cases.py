@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from lora_cases import RECIPES, Case
 from lora_runs import APART, LoraJob
-from test_trajectory import DIST, FULL, SEQUENCE
 from torch import Tensor
+from trajectory_cases import DIST, FULL, SEQUENCE
 
 LEG = 2
 """Steps between two checkpoints of the relay."""

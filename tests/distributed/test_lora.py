@@ -19,9 +19,10 @@ from harness import Worlds
 from lora_cases import CASES, RECIPES, WITHOUT_ORACLE, run_case
 from lora_oracle import Outcome, run_lora_oracle, write_earlier
 from lora_runs import APART, make_lora_files
-from test_trajectory import DIST, joined
+from test_trajectory import joined
 from training_kit import each, of
 from trajectory import GRADIENT
+from trajectory_cases import DIST
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
