@@ -5,6 +5,7 @@ Key names and their meanings are NeMo-Aligner's (``lora_tuning`` of its ``gpt_kt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -73,14 +74,15 @@ class LoraSpec:
         Raises:
             ConfigError: tells what to set.
         """
-        mine = (self.adapter_dim, list(self.ranks), self.scale, self.layers)
-        if mine != (wanted.adapter_dim, list(wanted.ranks), wanted.scale, wanted.layers):
+        same = math.isclose(self.scale, wanted.scale, rel_tol=1e-9)  # alpha is told in decimal digits
+        mine = (self.adapter_dim, list(self.ranks), self.layers)
+        if not same or mine != (wanted.adapter_dim, list(wanted.ranks), wanted.layers):
             names = {linear: name for name, linear in LINEARS.items()}
             layers = "null" if self.layers is None else f"[{','.join(str(layer + 1) for layer in self.layers)}]"
             raise ConfigError(
                 f"{_KEYS} does not describe the adapters of {source}: set target_modules="
                 f"[{','.join(names[linear] for linear in self.ranks)}] adapter_dim={self.adapter_dim} "
-                f"alpha={self.scale * self.adapter_dim:g} layer_selection={layers}"
+                f"alpha={self.scale * self.adapter_dim:.12g} layer_selection={layers}"
             )
 
     def has(self, layer: int) -> bool:

@@ -22,6 +22,9 @@ PROJECTIONS = {
 }
 """Megatron's linear layer -> the Hugging Face modules that it is made of, in the order of its rows."""
 _NAMES = [name.rsplit(".", 1)[1] for names in PROJECTIONS.values() for name in names]
+_SHORT = {name: name for name in _NAMES} | {
+    name: name.rsplit(".", 1)[1] for names in PROJECTIONS.values() for name in names
+}
 _UNDERSTOOD = frozenset(
     "alpha_pattern auto_mapping base_model_name_or_path corda_config eva_config inference_mode init_lora_weights "
     "layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config megatron_core peft_type "
@@ -73,8 +76,8 @@ def read_adapters(path: str | Path) -> PeftAdapters:
         kind, rank, alpha = config["peft_type"], int(config["r"]), float(config["lora_alpha"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} cannot be read: {error!r}") from error
-    if kind != "LORA" or rank < 1:
-        raise CheckpointError(f"{file}: peft_type {kind} with r={rank} is not a LoRA")
+    if kind != "LORA" or rank < 1 or not alpha > 0:
+        raise CheckpointError(f"{file}: peft_type {kind} with r={rank}, lora_alpha={alpha:g} is not a LoRA")
     for key, value in config.items():
         if key not in _UNDERSTOOD and value and (key, value) != ("bias", "none"):
             raise CheckpointError(f"{file}: {key}={value!r} is not supported, only plain LoRA is")
@@ -84,8 +87,9 @@ def read_adapters(path: str | Path) -> PeftAdapters:
             "PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA"
         )
     names = _projections(file, config)
-    ranks = {name: int(_pattern(file, config, "rank_pattern").get(name, rank)) for name in names}
-    alphas = {name: float(_pattern(file, config, "alpha_pattern").get(name, alpha)) for name in names}
+    patterns = {key: _pattern(file, config, key) for key in ("rank_pattern", "alpha_pattern")}
+    ranks = {name: int(patterns["rank_pattern"].get(name, rank)) for name in names}
+    alphas = {name: patterns["alpha_pattern"].get(name, alpha) for name in names}
     power = 0.5 if config.get("use_rslora") else 1.0
     scales = {alphas[name] / ranks[name] ** power for name in names}
     if len(scales) > 1:
@@ -93,11 +97,18 @@ def read_adapters(path: str | Path) -> PeftAdapters:
     return PeftAdapters(rank, ranks, scales.pop(), _layers(file, config))
 
 
-def _pattern(file: Path, config: dict[str, Any], key: str) -> dict[str, Any]:
+def _pattern(file: Path, config: dict[str, Any], key: str) -> dict[str, float]:
+    """By projection. A longer path than ``self_attn.q_proj`` would be of some layers only."""
     pattern = config.get(key) or {}
-    found = {str(name).rsplit(".", 1)[-1]: value for name, value in dict(pattern).items()}
-    if set(found) - set(_NAMES) or len(found) != len(pattern):
+    if not isinstance(pattern, dict):
+        raise CheckpointError(f"{file}: {key}={pattern!r} is not a mapping of modules to numbers")
+    found = {_SHORT.get(str(name), ""): value for name, value in pattern.items()}
+    if "" in found or len(found) != len(pattern):
         raise CheckpointError(f"{file}: {key}={pattern} is not by the names {', '.join(_NAMES)} alone")
+    for name, value in found.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or value <= 0 or (key == "rank_pattern" and value != int(value)):
+            raise CheckpointError(f"{file}: {key} gives {name} {value!r}, which is no {key.split('_')[0]}")
     return found
 
 
@@ -108,7 +119,12 @@ def _projections(file: Path, config: dict[str, Any]) -> frozenset[str]:
     if wanted == "all-linear":
         return frozenset(modules)
     if isinstance(wanted, str):
-        found = {short for short, full in modules.items() if re.fullmatch(wanted, full)}
+        try:
+            found = {short for short, full in modules.items() if re.fullmatch(wanted, full)}
+        except re.error as error:
+            raise CheckpointError(f"{file}: target_modules={wanted!r} is no pattern: {error}") from error
+    elif not isinstance(wanted, list):
+        raise CheckpointError(f"{file}: target_modules={wanted!r} is neither a list of modules nor a pattern")
     else:
         unknown = [name for name in wanted or [] if str(name).rsplit(".", 1)[-1] not in modules]
         if unknown:

@@ -30,6 +30,9 @@ def problems(config: Config, world_size: int) -> Iterator[str]:
 def _masters(config: Config, world_size: int) -> Iterator[str]:
     """Masters must exist, apart from the live weights, and each rank must have those of all its weights."""
     model, restore = config.model, _restore(config.model.kto)
+    if model.peft.peft_scheme != "none":
+        yield f"{restore}: adapters are float32 and have no masters apart from them; use auto, device or host"
+        return
     if not config.trainer.is_bf16:
         yield (
             f"{restore}: with trainer.precision={config.trainer.precision} the optimizer updates the live weights and "

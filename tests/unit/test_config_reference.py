@@ -30,6 +30,11 @@ SHARDED = "model.optim.name=distributed_fused_adam leaves each data-parallel ran
             f"{RESTORE}=masters: with trainer.precision=32 the optimizer updates the live weights and has no masters",
         ),
         ([f"{RESTORE}=masters"], 2, f"{RESTORE}=masters: {SHARDED}; use auto, device or host, or"),
+        (
+            [LORA, "model.kto.reference=swap", "model.peft.restore_from_path=earlier", f"{RESTORE}=masters"],
+            1,
+            f"{RESTORE}=masters: adapters are float32 and have no masters",
+        ),
         ([f"{RESTORE}=masters", "model.tensor_model_parallel_size=2"], 4, f"{RESTORE}=masters: {SHARDED}"),
     ],
 )
