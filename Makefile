@@ -31,7 +31,7 @@ test: $(READY)  ## run the tests, without the slow ones
 test-slow: $(READY)  ## run the tests that take minutes each (half an hour)
 	$(BIN)/python -m pytest -m "slow and not effect" $(PYTEST_ARGS)
 
-test-effect: $(READY)  ## train SmolLM2 four times, and hold what it learns to the README's numbers (two hours)
+test-effect: $(READY)  ## train SmolLM2 six times, and hold what it learns to bounds (three hours)
 	$(BIN)/python -m pytest -m effect $(PYTEST_ARGS)
 
 drill: $(READY)  ## kill, stop, starve and damage real runs, and print what was lost (half an hour)
