@@ -42,8 +42,8 @@ def _train_and_score(assets: Path, out: Path, train_file: str, words: tuple[str,
     newest = (out / "run" / "latest_checkpoint.txt").read_text(encoding="utf-8").strip()
     files = ["--data", str(assets / "heldout.jsonl"), "--out", str(out / "scores.jsonl")]
     files += ["--summary-json", str(out / "scores.json"), "--seq-length", "128"]
-    policy = ["--model", str(assets / "model"), "--adapter", newest] if words == LORA else ["--model", newest]
-    models = [*policy, "--reference", str(assets / "model")]
+    base = str(assets / "model")
+    models = ["--model", base, "--adapter", newest] if words == LORA else ["--model", newest, "--reference", base]
     subprocess.run([*run, "score", *models, *files], check=True, timeout=3600, env=environment)
     summary: dict[str, float] = json.loads((out / "scores.json").read_text(encoding="utf-8"))
     return summary
