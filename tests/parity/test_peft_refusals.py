@@ -32,6 +32,8 @@ WRONG_CONFIGS = {
     "scales": ({"alpha_pattern": {"q_proj": 1}}, "alpha over rank differs"),
     "pattern": ({"rank_pattern": {"layers.0.self_attn.q_proj": 2, "layers.1.self_attn.q_proj": 3}}, "rank_pattern"),
     "layers": ({"layers_to_transform": "last"}, "layers_to_transform"),
+    "last layer": ({"layers_to_transform": [-1]}, "layers are counted from 0, none is negative"),
+    "minus one": ({"layers_to_transform": -1}, "layers are counted from 0, none is negative"),
     "feature of tomorrow": ({"use_magic": True}, "use_magic"),
 }
 
