@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path("demo_out")
-# adapters start at zero and are few: they bear, and need, ten times the rate of full fine-tuning
+# adapters start at zero and are few: they bear, and need, a higher rate than full fine-tuning
 LORA = ("model.peft.peft_scheme=lora", "model.optim.lr=2e-4")
 HERE = Path(__file__).resolve().parent
 
@@ -131,8 +131,17 @@ def summarize(demo: Demo) -> None:
 curves           {demo.run_dir / "curves.png"} (page: {demo.run_dir / "report.html"})
 exported model   {demo.exported} (transformers.AutoModelForCausalLM.from_pretrained)
 go on training   {command_line()} train {shlex.join(demo.overrides)} trainer.kto.max_steps={demo.further_steps}
-your own data    {command_line()} train pretrained_checkpoint.restore_from_path=MODEL \\
-                     'model.data.data_prefix.train=[train.jsonl]'""")
+your own data    {own_data(demo)}""")
+
+
+def own_data(demo: Demo) -> str:
+    """What to type to train in the same way on other records."""
+    lines = [
+        f"{command_line()} train pretrained_checkpoint.restore_from_path=MODEL",
+        "'model.data.data_prefix.train=[train.jsonl]'",
+        *([shlex.join(LORA)] if demo.lora else []),
+    ]
+    return f" \\\n{'':21}".join(lines)
 
 
 def one_line(text: str) -> str:

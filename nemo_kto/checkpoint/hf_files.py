@@ -47,7 +47,7 @@ class HFTensors:
         folder = Path(hf_dir)
         index = folder / INDEX
         with ExitStack() as stack:
-            for file in _indexed(index) if index.is_file() else _single(folder):
+            for file in weight_files(folder):
                 self._add(file, stack)
             if index.is_file():
                 self._compare(index)
@@ -110,6 +110,16 @@ def _selection(bounds: tuple[int, int, int] | None) -> tuple[slice, ...] | slice
         return slice(None)
     dim, start, stop = bounds
     return (slice(None),) * dim + (slice(start, stop),)
+
+
+def weight_files(hf_dir: str | Path) -> list[Path]:
+    """The files that the weights of a Hugging Face directory are loaded from; others that lie there do not count.
+
+    Raises:
+        CheckpointError: there are none, or the index is damaged. Files that it names need not be there.
+    """
+    index = Path(hf_dir) / INDEX
+    return _indexed(index) if index.is_file() else _single(Path(hf_dir))
 
 
 def _single(folder: Path) -> list[Path]:

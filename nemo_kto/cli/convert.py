@@ -7,12 +7,14 @@ Training reads all three directly, so converting first is only worth it to share
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_kto.config.adapter_record import holds_adapters, read_record
+from nemo_kto.cli.archives import unpacked
+from nemo_kto.config.adapter_record import check_network, holds_adapters, read_record
 from nemo_kto.config.architecture import Architecture, read_architecture, stored_dtype
 from nemo_kto.config.layout import check_layout
 from nemo_kto.config.locate import hf_side, is_megatron_checkpoint
@@ -35,6 +37,8 @@ examples:
       --input CKPT --output HF --tensor-parallel 2 --pipeline-parallel 2
   nemo-kto convert to-nemo --input results/checkpoints/step-000200/ --output aligned.nemo
   nemo-kto convert from-nemo --input llama2-7b.nemo --output llama2-7b-hf/"""
+logger = logging.getLogger(__name__)
+
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -58,7 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form = to_hf.add_mutually_exclusive_group()
     form.add_argument("--adapter", action="store_true", help="of a LoRA run: write the adapters, for PEFT to load")
     form.add_argument("--merge", action="store_true", help="of a LoRA run: write base + adapters as one model")
-    to_hf.add_argument("--base", type=Path, metavar="DIR", help="with these: the base model (default: the run's)")
+    to_hf.add_argument(
+        "--base",
+        type=Path,
+        metavar="MODEL",
+        help="with these: the base model, a directory of either kind or a .nemo file (default: the run's)",
+    )
     for direction in (to_hf, from_nemo):
         direction.add_argument("--dtype", choices=_DTYPES, help="of the written weights (default: that of the input)")
     from_nemo.add_argument(
@@ -110,6 +119,11 @@ def _hf_to_megatron(args: argparse.Namespace) -> int:
 
 
 def _to_nemo(args: argparse.Namespace) -> int:
+    if holds_adapters(args.input):
+        raise ConfigError(
+            f"{args.input} holds LoRA adapters alone: merge them first, with convert megatron-to-hf --merge "
+            f"--input {args.input} --output HF_DIR, then give HF_DIR here"
+        )
     hf_dir = hf_side(args.input)
     arch = _checked(args, hf_dir)
     if args.output.suffix != ".nemo":
@@ -170,7 +184,10 @@ def _to_peft(args: argparse.Namespace) -> int:
     arch = _checked(args, hf_side(args.input))
     from nemo_kto import launch
 
+    base = _base(args) if args.base else None
     groups = launch.start(1, 1)
+    if base is not None:
+        _check_named(base, args.input)
     from nemo_kto.checkpoint.peft_export import export_peft
 
     export_peft(args.input, arch, args.output, base=args.base and str(args.base))
@@ -178,10 +195,32 @@ def _to_peft(args: argparse.Namespace) -> int:
 
 
 def _merged(args: argparse.Namespace) -> int:
-    base = args.base or Path(read_record(args.input).base)
+    return _export(args, _base(args), adapters=args.input)
+
+
+def _base(args: argparse.Namespace) -> Path:
+    """The directory of the base model: of whatever ``--base`` names, or the run's own."""
+    if args.base and not args.base.exists():
+        raise CheckpointError(f"--base {args.base} is not there: name the base model of {args.input}")
+    base = unpacked(args.base, None) if args.base else Path(read_record(args.input).base)
     if not base.is_dir():
         raise CheckpointError(f"{base}, the base model of {args.input}, is not there: name it with --base")
-    return _export(args, base, adapters=args.input)
+    return base
+
+
+def _check_named(base: Path, adapters: Path) -> None:
+    """Refuse a base model that adapters do not belong to, as far as files tell; one process has no room to compare."""
+    from nemo_kto.checkpoint.base_identity import base_identity
+
+    record = read_record(adapters)
+    if is_megatron_checkpoint(record.base) and not is_megatron_checkpoint(base):
+        check_network(base, adapters)
+        logger.warning(
+            "%s was trained on %s, a Megatron checkpoint: that %s has the same weights is taken on trust",
+            *(adapters, record.base, base),
+        )
+        return
+    record.check_base(base, base_identity(base), adapters)
 
 
 def _from_nemo(args: argparse.Namespace) -> int:

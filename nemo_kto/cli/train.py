@@ -219,6 +219,7 @@ def prepare_device(config: Config, *, on_cpu: bool) -> None:
 
 
 def _announce(config: Config, data: RunData, world: World) -> None:
+    from nemo_kto.config.lora import rate_warning
     from nemo_kto.data.datamodule import warn_of_imbalance
 
     model = config.model
@@ -231,3 +232,5 @@ def _announce(config: Config, data: RunData, world: World) -> None:
     note = f", {dropped} rows left over in each" if dropped else ""
     print(f"{data.total_steps} steps of {model.global_batch_size} samples, {data.steps_per_epoch} per epoch{note}")
     warn_of_imbalance(data.train_summary, model.kto)
+    if (warning := rate_warning(model)) is not None:
+        logger.warning("%s", warning)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nemo_kto.config.architecture import read_architecture
+from nemo_kto.config.locate import hf_side
 from nemo_kto.config.lora import LoraSpec
 from nemo_kto.errors import CheckpointError
 
@@ -35,13 +37,37 @@ class AdapterRecord:
     def check_base(self, base: str | Path, sha256: str, checkpoint: str | Path) -> None:
         """Refuse adapters of another base model.
 
+        Args:
+            base: model directory.
+            sha256: of its weights.
+            checkpoint: the adapters' own.
+
         Raises:
-            CheckpointError: ``sha256`` of ``base`` is not the one that ``checkpoint`` was trained on.
+            CheckpointError: ``checkpoint`` was trained on other weights, or in a network that computes otherwise.
         """
         if sha256 != self.base_sha256:
             raise CheckpointError(
                 f"the adapters of {checkpoint} belong to other base weights (then {self.base}, SHA-256 "
-                f"{self.base_sha256[:12]}) than {base} has ({sha256[:12]}): give the model they were trained on"
+                f"{self.base_sha256[:12]}) than {base} has ({sha256[:12]}): give the model they were trained on, in "
+                "the same format"
+            )
+        check_network(base, checkpoint)
+
+
+def check_network(base: str | Path, checkpoint: str | Path) -> None:
+    """Refuse adapters that were trained in another network than a base model's, whatever its weights.
+
+    The network of a checkpoint is that of the ``hf/config.json`` it holds.
+
+    Raises:
+        CheckpointError: names the first constant that differs, or one of the two cannot be read.
+    """
+    now = asdict(read_architecture(hf_side(base)))
+    for name, value in asdict(read_architecture(hf_side(checkpoint))).items():
+        if now[name] != value and name != "max_position_embeddings":  # which only bounds the length of rows
+            raise CheckpointError(
+                f"the adapters of {checkpoint} were trained in another network than {base} is: {name} was {value}, "
+                f"now {now[name]}: give the model they were trained on, with its own config.json"
             )
 
 

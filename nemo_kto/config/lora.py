@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from nemo_kto.config.schema import ModelConfig, PeftConfig
@@ -26,6 +27,8 @@ GROUPS = {
     "all": tuple(LINEARS),
 }
 INIT_METHODS = ("xavier", "normal", "zero")
+LOW_RATE = 5e-5
+"""Learning rates below this one hardly move adapters; the default is one for full fine-tuning."""
 _KEYS = "model.peft.lora_tuning"
 
 
@@ -110,6 +113,16 @@ def reference_mode(model: ModelConfig) -> str:
     return "swap" if model.peft.peft_scheme == "none" else "adapters_off"
 
 
+def rate_warning(model: ModelConfig) -> str | None:
+    """What to say of a learning rate too low for adapters; None where there is nothing to say."""
+    if model.peft.peft_scheme == "none" or model.optim.lr >= LOW_RATE:
+        return None
+    return (
+        f"model.optim.lr={model.optim.lr:g} is a rate for full fine-tuning, and LoRA hardly moves with it: "
+        "1e-4 to 5e-4 are usual (docs/lora.md)"
+    )
+
+
 def problems(model: ModelConfig, start: str) -> Iterator[str]:
     """What is wrong with ``model.peft`` and the reference that goes with it, one line each.
 
@@ -127,6 +140,12 @@ def problems(model: ModelConfig, start: str) -> Iterator[str]:
         if peft.restore_from_path is not None:
             yield "model.peft.restore_from_path needs model.peft.peft_scheme=lora"
         return
+    if peft.restore_from_path is not None and not Path(peft.restore_from_path).is_dir():
+        what = "is not a directory" if Path(peft.restore_from_path).exists() else "does not exist"
+        yield (
+            f"model.peft.restore_from_path={peft.restore_from_path} {what}: give a checkpoint of a LoRA run or a "
+            "PEFT directory"
+        )
     if reference == "swap" and peft.restore_from_path is None:
         yield (
             "model.kto.reference=swap with LoRA takes base + an earlier adapter as the reference: set "

@@ -144,4 +144,6 @@ def _layers(file: Path, config: dict[str, Any]) -> tuple[int, ...] | None:
     numbers = [layers] if isinstance(layers, int) else layers
     if not isinstance(numbers, list) or not all(isinstance(number, int) for number in numbers):
         raise CheckpointError(f"{file}: layers_to_transform={layers!r} is not a list of layers")
+    if min(numbers) < 0:  # PEFT would give such a layer no adapter
+        raise CheckpointError(f"{file}: layers_to_transform={layers!r}: layers are counted from 0, none is negative")
     return tuple(sorted(set(numbers)))

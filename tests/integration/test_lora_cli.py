@@ -129,6 +129,10 @@ def said(runs, root) -> dict[str, bad_session.Done]:
     """Everything else in one process."""
     step = f"alone/{STEP}"
     shutil.copytree(root / "alone", root / "moved")
+    shutil.copytree(root / "model", root / "same")
+    shutil.copytree(root / "model", root / "odd")
+    config = json.loads((root / "odd" / "config.json").read_text())
+    (root / "odd" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.25}))
     data = ("--data", "heldout.jsonl", "--cache-dir", "cache")
     given = ["pretrained_checkpoint.restore_from_path=model", "model.data.data_prefix.train=[train.jsonl]"]
     given += ["model.data.cache_dir=cache", "model.data.seq_length=64", "model.data.num_workers=0"]
@@ -149,6 +153,12 @@ def said(runs, root) -> dict[str, bad_session.Done]:
         "score merged": ["score", "--model", "merged", "--reference", "model", *data, "--out", "c.jsonl"],
         "neither": [*convert, "x"],
         "other base to merge": [*convert, "x", "--merge", "--base", "other"],
+        "other constants to score": ["score", "--model", "odd", "--adapter", step, *data, "--out", "d.jsonl"],
+        "other constants to merge": [*convert, "x", "--merge", "--base", "odd"],
+        "other base for peft": [*convert, "x", "--adapter", "--base", "other"],
+        "lost base for peft": [*convert, "x", "--adapter", "--base", "nowhere"],
+        "same base for peft": [*convert, "peft same", "--adapter", "--base", "same"],
+        "to nemo": ["convert", "to-nemo", "--input", step, "--output", "x.nemo"],
         "whole model": ["convert", "megatron-to-hf", "--input", "megatron", "--output", "x", "--merge"],
         "to megatron": ["convert", "hf-to-megatron", "--input", "model", "--output", "megatron"],
         "other base to score": ["score", "--model", "other", "--adapter", step, *data, "--out", "d.jsonl"],
@@ -161,12 +171,38 @@ def said(runs, root) -> dict[str, bad_session.Done]:
         "whole run": ["train", *given, "model.peft.peft_scheme=none", "trainer.kto.max_steps=9"],
         "from peft": ["train", *given, new, "model.peft.restore_from_path=peft", "trainer.kto.max_steps=3"],
     }
+    commands |= _on_an_archive(given)
     order = sorted(commands, key=lambda name: name == "whole model")
-    return bad_session.run(root, {name: (commands[name], {}) for name in order}, LAUNCHER)
+    return bad_session.run(root, {name: (commands[name], {"NEMO_KTO_CACHE": "cache"}) for name in order}, LAUNCHER)
+
+
+def _on_an_archive(given: list[str]) -> dict[str, list[str]]:
+    """A run on a .nemo file, which unpacks to a Megatron checkpoint."""
+    start = "pretrained_checkpoint.restore_from_path=model.nemo"
+    convert = ["convert", "megatron-to-hf", "--input", "packed/checkpoints/step-000003", "--output"]
+    return {
+        "archive": ["convert", "to-nemo", "--input", "model", "--output", "model.nemo"],
+        "packed": ["train", *given, start, "exp_manager.explicit_log_dir=packed", "trainer.kto.max_steps=3"],
+        "packed merge": [*convert, "packed merged", "--merge", "--base", "model.nemo"],
+        "packed merge alone": [*convert, "packed alone", "--merge"],
+        "packed adapter": [*convert, "packed peft", "--adapter", "--base", "model"],
+        "packed adapter archive": [*convert, "packed peft 2", "--adapter", "--base", "model.nemo"],
+        "packed other format": [*convert, "x", "--merge", "--base", "model"],
+        "packed other network": [*convert, "x", "--adapter", "--base", "odd"],
+    }
 
 
 def test_exports_and_scores_agree(said, root):
-    for name in ("adapter", "merge", "to megatron", "score", "score peft", "score merged", "from peft"):
+    for name in (
+        "adapter",
+        "merge",
+        "to megatron",
+        "score",
+        "score peft",
+        "score merged",
+        "from peft",
+        "same base for peft",
+    ):
         assert said[name].code == 0, said[name].text
     rows = {name: list(map(json.loads, (root / f"{name}.jsonl").read_text().splitlines())) for name in "abc"}
     assert all(abs(row["log_ratio"]) > 0.01 for row in rows["a"])
@@ -174,8 +210,22 @@ def test_exports_and_scores_agree(said, root):
     for row, merged in zip(rows["a"], rows["c"], strict=True):
         # W + BA is rounded once where W x + B A x is rounded twice; sums of some 20 log-probs near -5 nats
         assert merged["policy_logp"] == pytest.approx(row["policy_logp"], abs=1e-3)
+    assert json.loads((root / "peft same" / "adapter_config.json").read_text())["base_model_name_or_path"] == "same"
     metrics = [json.loads(line) for line in (root / "new" / "metrics.jsonl").read_text().splitlines()]
     assert metrics[0]["rewards/margins"] != 0.0, "it starts from the adapters"
+
+
+def test_an_archive_is_a_base_like_any_other(said, root):
+    done = {
+        name: said[name] for name in said if name in ("archive", "packed") or name.startswith(("packed m", "packed a"))
+    }
+    assert all(each.code == 0 for each in done.values()), done
+    named, alone = (load_file(root / name / "model.safetensors") for name in ("packed merged", "packed alone"))
+    assert named.keys() == alone.keys()
+    assert all(torch.equal(tensor, alone[name]) for name, tensor in named.items())
+    assert "that model has the same weights is taken on trust" in done["packed adapter"].text
+    assert done["packed adapter archive"].text.count("on trust") == 0
+    assert json.loads((root / "packed peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == "model"
 
 
 def test_two_ranks_merge_the_same(said, root):
@@ -196,7 +246,14 @@ REFUSED = {
     "other base to merge": (3, "belong to other base weights (then model, SHA-256 "),
     "whole model": (2, "megatron is a whole model: --adapter, --merge and --base are for LoRA runs"),
     "other base to score": (3, "give the model they were trained on"),
-    "lost base": (3, "nowhere, the base model of alone/checkpoints/step-000006, is not there: name it with --base"),
+    "other base for peft": (3, "belong to other base weights (then model, SHA-256 "),
+    "lost base": (3, "--base nowhere is not there: name the base model of alone/checkpoints/step-000006"),
+    "lost base for peft": (3, "--base nowhere is not there"),
+    "other constants to score": (3, "another network than odd is: norm_epsilon was "),
+    "other constants to merge": (3, "another network than odd is: norm_epsilon was "),
+    "packed other format": (3, "give the model they were trained on, in the same format"),
+    "packed other network": (3, "another network than odd is: norm_epsilon was "),
+    "to nemo": (2, "holds LoRA adapters alone: merge them first, with convert megatron-to-hf --merge"),
     "other peft": (2, "does not describe the adapters of peft: set target_modules=[attention_qkv,"),
     "both": (2, "--adapter and --reference exclude each other"),
     "no base": (2, "holds adapters alone: give their base model there"),

@@ -40,6 +40,8 @@ WRONG_CONFIGS = {
     "no expression": ({"target_modules": "["}, "is no pattern"),
     "number": ({"target_modules": 5}, "is neither a list"),
     "layers": ({"layers_to_transform": "last"}, "layers_to_transform"),
+    "last layer": ({"layers_to_transform": [-1]}, "layers are counted from 0, none is negative"),
+    "minus one": ({"layers_to_transform": -1}, "layers are counted from 0, none is negative"),
     "feature of tomorrow": ({"use_magic": True}, "use_magic"),
 }
 

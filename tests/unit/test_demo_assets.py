@@ -1,15 +1,17 @@
-"""What the demo makes out of packages: review records, and weights out of a GGUF file."""
+"""What the demo makes out of packages: review records, and weights out of a GGUF file; and what it advises."""
 
 from __future__ import annotations
 
 import io
 import json
+import shlex
 import tarfile
 import zipfile
 
 import assets
 import pytest
 import reviews
+import run
 import sentiment
 import smollm2
 import torch
@@ -115,3 +117,14 @@ def test_assets_are_made_once(sdist, tmp_path, monkeypatch):
 def test_sentiment_has_the_right_sign():
     good, bad = sentiment.compounds(["a lovely, great film", "an awful, boring film"])
     assert bad < -0.3 < 0.3 < good
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_advice_for_other_data_trains_what_the_demo_trained(lora, tmp_path):
+    demo = run.Demo("tiny", tmp_path, tmp_path, "train.jsonl", continuations=1, further_steps=1, lora=lora)
+    words = shlex.split(run.own_data(demo).replace("\\\n", ""))
+    assert words[2:4] == [
+        "pretrained_checkpoint.restore_from_path=MODEL",
+        "model.data.data_prefix.train=[train.jsonl]",
+    ]
+    assert words[4:] == (list(run.LORA) if lora else [])
