@@ -166,8 +166,7 @@ class PolicyBuilder:
         model = self._run.model
         chunks = self._network(spec)
         record = AdapterRecord(spec, self._start, base_identity(self._start))
-        saved = None if self._resume is None else run_adapters(self._resume)
-        if saved is not None and not self._run.exp_manager.resume_with_changes:
+        if self._resume is not None and (saved := run_adapters(self._resume)) is not None:
             saved.check_base(self._start, record.base_sha256, self._resume)
         load_weights(chunks, self._arch, self._start, self._groups)
         contents = Contents(self._hf_side, documents={FILE: record.to_json()}, part=Part.ADAPTERS)

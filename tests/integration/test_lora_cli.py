@@ -173,6 +173,9 @@ def said(runs, root) -> dict[str, bad_session.Done]:
         "both": ["score", "--model", "model", "--adapter", step, "--reference", "model", *data, "--out", "d.jsonl"],
         "no base": ["train", *given, new, f"pretrained_checkpoint.restore_from_path={step}"],
         "other base": ["train", *given, "pretrained_checkpoint.restore_from_path=other", "trainer.kto.max_steps=9"],
+        "other base, changes": [
+            *("train", *given, "pretrained_checkpoint.restore_from_path=other", "trainer.kto.max_steps=9", changes)
+        ],
         "other rank, changes": ["train", *given, f"{TUNING}.adapter_dim=8", "trainer.kto.max_steps=9", changes],
         "other scale": ["train", *given, f"{TUNING}.alpha=4", "trainer.kto.max_steps=9"],
         "other adapters": ["train", *given, new, f"model.peft.restore_from_path={step}", f"{TUNING}.adapter_dim=8"],
@@ -233,6 +236,7 @@ REFUSED = {
     "both": (2, "--adapter and --reference exclude each other"),
     "no base": (2, "holds adapters alone: give their base model there"),
     "other base": (3, "moved/checkpoints/step-000006 belong to other base weights"),
+    "other base, changes": (3, "moved/checkpoints/step-000006 belong to other base weights"),
     "other rank, changes": (2, "does not describe the adapters of moved/checkpoints/step-000006: set target_modules="),
     "other scale": (2, "model.peft.lora_tuning.alpha was 8.0, now 4.0"),
     "other adapters": (2, "target_modules=[attention_qkv,attention_dense,mlp_fc1,mlp_fc2] adapter_dim=4 alpha=8"),
