@@ -23,7 +23,7 @@ from nemo_kto.gpt.lora import attach, fill, low_ranks
 
 
 def starting_spec(peft: PeftConfig, arch: Architecture) -> LoraSpec | None:
-    """The adapters of a run: the config's, with the ranks that those it starts from have; None without adapters.
+    """The adapters of a new run: the config's, with the ranks that those it starts from have; None without adapters.
 
     Raises:
         CheckpointError: the start cannot be read.

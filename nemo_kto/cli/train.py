@@ -102,6 +102,7 @@ def check_model(config: Config) -> None:
     from nemo_kto.config.checks import check_length, check_recompute
     from nemo_kto.config.layout import check_layout
     from nemo_kto.config.locate import hf_side
+    from nemo_kto.config.lora import check_layers, lora_spec
 
     model, start = config.model, config.pretrained_checkpoint.restore_from_path
     arch = read_architecture(hf_side(start))
@@ -118,29 +119,29 @@ def check_model(config: Config) -> None:
     check_length(arch, model.data.seq_length)
     check_recompute(arch, model)
     _check_same_network(config, arch)
-    _check_adapters(config, arch)
+    spec = lora_spec(model.peft)
+    if spec is not None:
+        check_layers(spec, arch.num_layers, model.pipeline_model_parallel_size)
 
 
 def _check_places(config: Config) -> None:
-    """What the run would go on from, and where it writes."""
+    """What the run would start or go on from, and where it writes."""
     from nemo_kto.config.locate import resume_path
     from nemo_kto.config.log_dir import check_log_dir
 
-    resume_path(config.exp_manager)
+    if resume_path(config.exp_manager) is None:
+        _check_earlier_adapters(config)
     check_log_dir(Path(config.exp_manager.explicit_log_dir))
 
 
-def _check_adapters(config: Config, arch: Architecture) -> None:
-    """Whether every pipeline stage has adapters, and those that the run starts from are the ones it describes."""
+def _check_earlier_adapters(config: Config) -> None:
+    """Whether the adapters that a new run starts from are the ones it describes."""
     from nemo_kto.config.adapter_record import read_record
-    from nemo_kto.config.lora import check_layers, lora_spec
+    from nemo_kto.config.lora import lora_spec
     from nemo_kto.config.peft_dir import is_peft_directory, read_adapters
 
     spec, start = lora_spec(config.model.peft), config.model.peft.restore_from_path
-    if spec is None:
-        return
-    check_layers(spec, arch.num_layers, config.model.pipeline_model_parallel_size)
-    if start is not None:
+    if spec is not None and start is not None:
         found = read_adapters(start).spec() if is_peft_directory(start) else read_record(start).spec
         found.check_same(spec, start)
 

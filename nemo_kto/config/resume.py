@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nemo_kto.config import manifest
+from nemo_kto.config import adapter_record, manifest
+from nemo_kto.config.adapter_record import AdapterRecord
 from nemo_kto.config.identity import BATCH_SIZE, differences
 from nemo_kto.config.locate import resume_path
+from nemo_kto.config.lora import LoraSpec, lora_spec
 from nemo_kto.config.schema import Config
 from nemo_kto.errors import CheckpointError, ConfigError
 
@@ -29,7 +32,7 @@ def check_resume(config: Config, now: Mapping[str, Any]) -> list[str]:
         nothing to compare with.
 
     Raises:
-        ConfigError: they differ, one line per difference.
+        ConfigError: they differ, one line per difference; or, with changes allowed, the adapters do not fit.
         CheckpointError: see :func:`~nemo_kto.config.locate.resume_path`.
     """
     checkpoint = resume_path(config.exp_manager)
@@ -52,6 +55,7 @@ def check_resume(config: Config, now: Mapping[str, Any]) -> list[str]:
         )
     if record["identity"].get(BATCH_SIZE) != config.model.global_batch_size:
         _check_new_batch_size(config, checkpoint, record)
+    resumed_spec(config, checkpoint)
     return [f"going on from {checkpoint} with changes: {line}" for line in found]
 
 
@@ -60,17 +64,56 @@ def run_record(checkpoint: Path) -> dict[str, Any]:
 
     A record counts only if its bytes are those that the checkpoint's manifest was made of; empty where none is.
     """
-    for path in (checkpoint, *sorted(checkpoint.parent.glob("step-*"), reverse=True)):
+    for path in _sound(checkpoint, RECORD):
         try:
-            wanted = manifest.read(path).get(RECORD)
-            if wanted is None or manifest.record(path / RECORD) != wanted:
-                continue
             record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-        except (CheckpointError, OSError, ValueError):
+        except (OSError, ValueError):
             continue
         if isinstance(record, dict) and isinstance(record.get("identity"), dict):
             return record
     return {}
+
+
+def run_adapters(checkpoint: Path) -> AdapterRecord | None:
+    """The adapters of the run that a checkpoint is of, told as :func:`run_record` tells; None where it has none.
+
+    Raises:
+        CheckpointError: a version that this one does not understand has written it.
+    """
+    path = next(_sound(checkpoint, adapter_record.FILE), None)
+    return None if path is None else adapter_record.read_record(path)
+
+
+def resumed_spec(config: Config, checkpoint: Path) -> LoraSpec | None:
+    """The adapters of a run that goes on from ``checkpoint``: that has them all, so where they started is not read.
+
+    ``exp_manager.resume_with_changes`` may change their scale, as no number that is stored depends on it.
+
+    Returns:
+        None without adapters; what the config describes where no checkpoint of the run tells.
+
+    Raises:
+        ConfigError: the config describes other adapters.
+    """
+    wanted, record = lora_spec(config.model.peft), run_adapters(checkpoint)
+    if wanted is None or record is None:
+        return wanted
+    found = record.spec
+    if config.exp_manager.resume_with_changes:
+        found = replace(found, scale=wanted.scale)
+    found.check_same(wanted, checkpoint)
+    return found
+
+
+def _sound(checkpoint: Path, name: str) -> Iterator[Path]:
+    """A checkpoint and the others of its run, newest first, as far as their file ``name`` is as it was written."""
+    for path in (checkpoint, *sorted(checkpoint.parent.glob("step-*"), reverse=True)):
+        try:
+            wanted = manifest.read(path).get(name)
+            if wanted is not None and manifest.record(path / name) == wanted:
+                yield path
+        except (CheckpointError, OSError):
+            continue
 
 
 def _check_new_batch_size(config: Config, checkpoint: Path, record: Mapping[str, Any]) -> None:

@@ -16,12 +16,12 @@ from nemo_kto.checkpoint.saving import Contents
 from nemo_kto.checkpoint.sharded import Part
 from nemo_kto.checkpoint.weights import load_weights
 from nemo_kto.config import manifest
-from nemo_kto.config.adapter_record import FILE, AdapterRecord, holds_adapters, read_record
+from nemo_kto.config.adapter_record import FILE, AdapterRecord
 from nemo_kto.config.architecture import read_architecture
 from nemo_kto.config.locate import hf_side, resume_path
 from nemo_kto.config.lora import LoraSpec, check_layers, reference_mode
 from nemo_kto.config.reference_cache import is_cached
-from nemo_kto.config.resume import run_record
+from nemo_kto.config.resume import resumed_spec, run_adapters, run_record
 from nemo_kto.config.schema import Config
 from nemo_kto.distributed.groups import ParallelGroups
 from nemo_kto.errors import CheckpointError
@@ -93,7 +93,10 @@ class PolicyBuilder:
             CheckpointError: weights, adapters or the kept reference cannot be read, or are not the run's.
             ConfigError: the layout does not fit, or the adapters are not those of the config.
         """
-        spec = starting_spec(self._run.model.peft, self._arch)
+        if self._resume is None:
+            spec = starting_spec(self._run.model.peft, self._arch)
+        else:
+            spec = resumed_spec(self._run, self._resume)
         return self._full() if spec is None else self._adapted(spec)
 
     def reference_alone(self) -> tuple[CachedReference, ReferenceColumns]:
@@ -163,13 +166,14 @@ class PolicyBuilder:
         model = self._run.model
         chunks = self._network(spec)
         record = AdapterRecord(spec, self._start, base_identity(self._start))
-        if self._resume is not None and holds_adapters(self._resume) and not self._run.exp_manager.resume_with_changes:
-            read_record(self._resume).check_base(self._start, record.base_sha256, self._resume)
+        if self._resume is not None and (saved := run_adapters(self._resume)) is not None:
+            saved.check_base(self._start, record.base_sha256, self._resume)
         load_weights(chunks, self._arch, self._start, self._groups)
         contents = Contents(self._hf_side, documents={FILE: record.to_json()}, part=Part.ADAPTERS)
         load = partial(self._load_adapters, chunks, record)
         if reference_mode(model) == "adapters_off":
-            load()
+            if self._resume is None:
+                load()
             weights = record.base_sha256 if is_cached(model.kto) else None
             return self._policy(chunks, None, record.base_sha256, contents, weights)
         kept = self._kept(f"model.peft.restore_from_path={model.peft.restore_from_path}", load, contents)

@@ -181,6 +181,11 @@ def resumed(root: Path) -> dict[str, Any]:
 
 def from_peft(root: Path, case: Case) -> dict[str, Tensor]:
     """A directory of PEFT's, in which modules that are one layer here have an A each, at any layout."""
+    return added(root, case, root / APART).whole()
+
+
+def added(root: Path, case: Case, adapters: Path) -> LoraJob:
+    """A network of a layout that gets adapters as scoring and merging give it them."""
     from nemo_kto.checkpoint.adapters import add_adapters
     from nemo_kto.checkpoint.weights import load_weights
     from nemo_kto.gpt.build import build_gpt
@@ -188,8 +193,27 @@ def from_peft(root: Path, case: Case) -> dict[str, Tensor]:
     job = LoraJob(case.overrides(root))
     job.chunks = build_gpt(job.arch, job.config.model, bf16=False, groups=job.groups)
     load_weights(job.chunks, job.arch, job.base, job.groups)
-    add_adapters(job.chunks, job.arch, root / APART, job.base, job.groups)
-    return job.whole()
+    add_adapters(job.chunks, job.arch, adapters, job.base, job.groups)
+    return job
+
+
+def on_one_stage(root: Path) -> dict[str, Any]:
+    """Layers 1 and 2 of 4 have adapters: two pipeline stages cannot train them, but can score and merge them."""
+    from nemo_kto.gpt.forward import Passes
+    from nemo_kto.gpt.lora import merge
+
+    def scores(job: LoraJob) -> list[Tensor]:
+        return Passes(job.chunks, job.groups, job.arch.vocab_size).score(rows)
+
+    job = LoraJob([*Case("normal", tp=2).overrides(root), "model.peft.lora_tuning.layer_selection=[1,2]"])
+    rows = [micro.samples for micro in next(job.batches())]
+    out = root / "one-stage"
+    save(job, out)
+    seen = {"saved": job.whole(), "wanted": scores(job)}
+    staged = added(root, Case("normal", pp=2), out)
+    seen |= {"whole": staged.whole(), "added": scores(staged)}
+    merge(staged.chunks)
+    return {**seen, "merged": scores(staged)}
 
 
 def _message(action: Any) -> tuple[str, str]:
@@ -256,6 +280,7 @@ CASES: dict[int, dict[str, Any]] = {
         **{f"relay {name}": lambda rank, root, name=name: relay(root, name) for name in RELAYS},
         "resumed": lambda rank, root: resumed(root),
         "refusals": lambda rank, root: refusals(root),
+        "on one stage": lambda rank, root: on_one_stage(root),
         "peft tp2": lambda rank, root: from_peft(root, Case("swap", tp=2)),
         "peft pp2": lambda rank, root: from_peft(root, Case("swap", pp=2)),
     },

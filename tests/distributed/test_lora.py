@@ -264,6 +264,18 @@ def test_checkpoints_hold_adapters_alone_and_export_to_them(recipe: str, brought
     assert sum(tensor.size.numel() for tensor in stored.values()) == copies * numel
 
 
+def test_a_stage_may_be_without_adapters_where_nothing_trains(brought) -> None:
+    first, last = brought(2, "on one stage")
+    assert first["whole"].keys() == first["saved"].keys()
+    assert all(torch.equal(tensor, first["saved"][name]) for name, tensor in first["whole"].items())
+    assert last["whole"] == {}
+    for name in ("added", "merged"):
+        assert len(last[name]) == len(last["wanted"]) > 0
+        for found, wanted in zip(last[name], last["wanted"], strict=True):
+            # float32, sums in another order, of some 20 log-probs near -5 nats
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize(("world", "name"), [(2, "peft tp2"), (2, "peft pp2"), (4, "peft tp2pp2")])
 def test_adapters_of_peft_at_any_layout(world: int, name: str, brought, root: Path) -> None:
     """The product of the halves, module by module. k_proj and up_proj have no adapter, and so none here."""

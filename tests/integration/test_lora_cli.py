@@ -55,7 +55,8 @@ def _gone_on(root: Path) -> dict[str, Run]:
     earlier += ("trainer.kto.limit_val_batches=0", "model.optim.sched.warmup_steps=0")
     swap = train(root, "swap", *earlier, "model.kto.reference=swap")
     first = (root / "swap" / "metrics.jsonl").read_text()
-    resumed = train(root, "swap", *earlier, "model.kto.reference=swap", "trainer.kto.max_steps=3")
+    lost = ("model.peft.restore_from_path=nowhere", "trainer.kto.max_steps=3")
+    resumed = train(root, "swap", *earlier, "model.kto.reference=swap", *lost)
     assert (root / "swap" / "metrics.jsonl").read_text().startswith(first)
     return {"off": train(root, "off", *earlier), "swap": swap, "resumed": resumed}
 
@@ -67,7 +68,20 @@ def root(tmp_path_factory) -> Path:
     tiny.make_model(root / "other", num_hidden_layers=2, seed=1)
     tiny.make_records(root / "train.jsonl", 22, seed=1)
     tiny.make_records(root / "heldout.jsonl", 6, seed=2)
+    _make_apart(root / "model", root / "apart")
     return root
+
+
+def _make_apart(base: Path, out: Path) -> None:
+    """Adapters that PEFT begins, where q, k and v have an A each, so that the fused layer has three times the rank."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, lora_alpha=8, target_modules=modules)
+    )
+    model.save_pretrained(out)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +158,8 @@ def said(runs, root) -> dict[str, bad_session.Done]:
     ]
     given += ["model.kto.ref_policy_kl_penalty=0.5", "trainer.kto.max_epochs=3", "trainer.kto.limit_val_batches=0"]
     new = "exp_manager.explicit_log_dir=new"
+    earlier, changes = "model.peft.restore_from_path", "exp_manager.resume_with_changes=true"
+    apart = ["train", *given, "exp_manager.explicit_log_dir=from_apart"]
     convert = ["convert", "megatron-to-hf", "--input", step, "--output"]
     commands = {
         "adapter": [*convert, "peft", "--adapter"],
@@ -167,9 +183,17 @@ def said(runs, root) -> dict[str, bad_session.Done]:
         "both": ["score", "--model", "model", "--adapter", step, "--reference", "model", *data, "--out", "d.jsonl"],
         "no base": ["train", *given, new, f"pretrained_checkpoint.restore_from_path={step}"],
         "other base": ["train", *given, "pretrained_checkpoint.restore_from_path=other", "trainer.kto.max_steps=9"],
+        "other base, changes": [
+            *("train", *given, "pretrained_checkpoint.restore_from_path=other", "trainer.kto.max_steps=9", changes)
+        ],
+        "other rank, changes": ["train", *given, f"{TUNING}.adapter_dim=8", "trainer.kto.max_steps=9", changes],
+        "other scale": ["train", *given, f"{TUNING}.alpha=4", "trainer.kto.max_steps=9"],
         "other adapters": ["train", *given, new, f"model.peft.restore_from_path={step}", f"{TUNING}.adapter_dim=8"],
         "whole run": ["train", *given, "model.peft.peft_scheme=none", "trainer.kto.max_steps=9"],
         "from peft": ["train", *given, new, "model.peft.restore_from_path=peft", "trainer.kto.max_steps=3"],
+        "apart": [*apart, f"{earlier}=apart", "trainer.kto.max_steps=2"],
+        "apart, start lost": [*apart, f"{earlier}=nowhere", "trainer.kto.max_steps=3"],
+        "apart, start not named": [*apart, "trainer.kto.max_steps=4"],
     }
     commands |= _on_an_archive(given)
     order = sorted(commands, key=lambda name: name == "whole model")
@@ -228,6 +252,17 @@ def test_an_archive_is_a_base_like_any_other(said, root):
     assert json.loads((root / "packed peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == "model"
 
 
+def test_a_resumed_run_needs_no_start(said, root):
+    """All it needs is in its newest checkpoint, the rank of a layer that was three modules too."""
+    for name in ("apart", "apart, start lost", "apart, start not named"):
+        assert said[name].code == 0, said[name].text
+    metrics = map(json.loads, (root / "from_apart" / "metrics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+    first, *_, last = sorted((root / "from_apart" / "checkpoints").glob("step-*/adapters.json"))
+    assert first.read_text() == last.read_text()
+    assert json.loads(last.read_text())["ranks"]["linear_qkv"] == 12
+
+
 def test_two_ranks_merge_the_same(said, root):
     """Each its own shard, without exchange: whole rows of B by whole columns of A."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -258,6 +293,9 @@ REFUSED = {
     "both": (2, "--adapter and --reference exclude each other"),
     "no base": (2, "holds adapters alone: give their base model there"),
     "other base": (3, "moved/checkpoints/step-000006 belong to other base weights"),
+    "other base, changes": (3, "moved/checkpoints/step-000006 belong to other base weights"),
+    "other rank, changes": (2, "does not describe the adapters of moved/checkpoints/step-000006: set target_modules="),
+    "other scale": (2, "model.peft.lora_tuning.alpha was 8.0, now 4.0"),
     "other adapters": (2, "target_modules=[attention_qkv,attention_dense,mlp_fc1,mlp_fc2] adapter_dim=4 alpha=8"),
     "whole run": (2, "model.peft.peft_scheme was lora, now none"),
 }
