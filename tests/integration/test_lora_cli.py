@@ -10,55 +10,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import bad_session
+import lora_trainings
 import pytest
 import tiny
 import torch
 from bad_cases import LAUNCHER
+from lora_trainings import LORA, STEP, TUNING
 from safetensors.torch import load_file
-from train_runs import Run, train
+from train_runs import Run
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
-TUNING = "model.peft.lora_tuning"
-LORA = ("model.peft.peft_scheme=lora", f"{TUNING}.adapter_dim=4", f"{TUNING}.alpha=8", "model.optim.lr=1e-2")
-WORDS = (
-    *LORA,
-    *("model.data.num_workers=2", "model.hidden_dropout=0.1", f"{TUNING}.adapter_dropout=0.1"),
-    *("trainer.kto.save_interval=3", "exp_manager.checkpoint_callback_params.save_top_k=-1"),
-)
-STEP = "checkpoints/step-000006"
 RELATIVE = 1e-4
 """Of losses three steps after a change of layout, in float32: sums in another order, and dropout is off."""
-
-
-def _whole(root: Path) -> Run:
-    return train(root, "whole", *WORDS, "trainer.kto.max_steps=6")
-
-
-def _halves(root: Path) -> Run:
-    train(root, "halves", *WORDS, "trainer.kto.max_steps=3")
-    return train(root, "halves", *WORDS, "trainer.kto.max_steps=6")
-
-
-def _resharded(root: Path) -> tuple[Run, Run]:
-    """Without dropout: six steps alone, and the last three of them again on two ranks."""
-    words = (*LORA, "trainer.kto.save_interval=3", "trainer.kto.limit_val_batches=0")
-    alone = train(root, "alone", *words, "trainer.kto.max_steps=6")
-    start = "exp_manager.resume_from_checkpoint=alone/checkpoints/step-000003"
-    layout = ("trainer.devices=2", "model.tensor_model_parallel_size=2", "model.sequence_parallel=true")
-    return alone, train(root, "resharded", *words, *layout, start, "trainer.kto.max_steps=6")
-
-
-def _gone_on(root: Path) -> dict[str, Run]:
-    """A second training that starts from the adapters of the first, held to the base, and to base + adapters."""
-    earlier = (*LORA, f"model.peft.restore_from_path=alone/{STEP}", "trainer.kto.max_steps=2")
-    earlier += ("trainer.kto.limit_val_batches=0", "model.optim.sched.warmup_steps=0")
-    swap = train(root, "swap", *earlier, "model.kto.reference=swap")
-    first = (root / "swap" / "metrics.jsonl").read_text()
-    lost = ("model.peft.restore_from_path=nowhere", "trainer.kto.max_steps=3")
-    resumed = train(root, "swap", *earlier, "model.kto.reference=swap", *lost)
-    assert (root / "swap" / "metrics.jsonl").read_text().startswith(first)
-    return {"off": train(root, "off", *earlier), "swap": swap, "resumed": resumed}
 
 
 @pytest.fixture(scope="module")
@@ -68,32 +32,23 @@ def root(tmp_path_factory) -> Path:
     tiny.make_model(root / "other", num_hidden_layers=2, seed=1)
     tiny.make_records(root / "train.jsonl", 22, seed=1)
     tiny.make_records(root / "heldout.jsonl", 6, seed=2)
-    _make_apart(root / "model", root / "apart")
+    lora_trainings.make_apart(root / "model", root / "apart")
     return root
-
-
-def _make_apart(base: Path, out: Path) -> None:
-    """Adapters that PEFT begins, where q, k and v have an A each, so that the fused layer has three times the rank."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, lora_alpha=8, target_modules=modules)
-    )
-    model.save_pretrained(out)
 
 
 @pytest.fixture(scope="module")
 def runs(root):
     with ThreadPoolExecutor(2) as pool:
-        jobs = {job.__name__: pool.submit(job, root) for job in (_resharded, _whole, _halves)}
+        jobs = {
+            job.__name__: pool.submit(job, root)
+            for job in (lora_trainings.resharded, lora_trainings.whole, lora_trainings.halves)
+        }
         done = {name: job.result() for name, job in jobs.items()}
-    return {**done, **_gone_on(root)}
+    return {**done, **lora_trainings.gone_on(root)}
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(runs):
-    whole, halves = runs["_whole"], runs["_halves"]
+    whole, halves = runs["whole"], runs["halves"]
     assert len(whole.training) == 6
     assert halves.training == whole.training
     assert halves.validation == whole.validation
@@ -106,14 +61,14 @@ def _bytes_of(run: Run) -> dict[str, object]:
 
 
 def test_it_starts_at_the_base_and_learns(runs):
-    first, *_, last = runs["_resharded"][0].training  # without dropout
+    first, *_, last = runs["resharded"][0].training  # without dropout
     assert (first["kl"], first["rewards/margins"], first["loss"]) == (0.0, 0.0, 1.0)
     assert last["rewards/margins"] > 0.1
 
 
 def test_a_checkpoint_holds_adapters_alone(runs, root):
     """Four bytes each for the number and both of Adam's moments, and torch's archive around each tensor."""
-    run = runs["_whole"]
+    run = runs["whole"]
     held = sum(file.stat().st_size for file in (run.out / STEP).glob("*.distcp"))
     hidden, ffn, rank, queries, keys = 64, 128, 4, 64, 32
     layer = (hidden + queries + 2 * keys) + (queries + hidden) + (hidden + 2 * ffn) + (ffn + hidden)
@@ -123,7 +78,7 @@ def test_a_checkpoint_holds_adapters_alone(runs, root):
 
 
 def test_another_layout_goes_on_within_rounding(runs):
-    alone, resharded = runs["_resharded"]
+    alone, resharded = runs["resharded"]
     for found, expected in zip(resharded.training, alone.training[3:], strict=True):
         for key in ("loss", "grad_norm", "rewards/chosen"):
             assert found[key] == pytest.approx(expected[key], rel=RELATIVE)
