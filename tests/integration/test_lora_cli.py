@@ -102,7 +102,6 @@ def said(runs, root) -> dict[str, bad_session.Done]:
     shutil.copytree(root / "model", root / "odd")
     config = json.loads((root / "odd" / "config.json").read_text())
     (root / "odd" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.25}))
-    data = ("--data", "heldout.jsonl", "--cache-dir", "cache")
     given = ["pretrained_checkpoint.restore_from_path=model", "model.data.data_prefix.train=[train.jsonl]"]
     given += ["model.data.cache_dir=cache", "model.data.seq_length=64", "model.data.num_workers=0"]
     given += ["model.global_batch_size=4", "model.micro_batch_size=2", "trainer.precision=32", *LORA]
@@ -112,11 +111,15 @@ def said(runs, root) -> dict[str, bad_session.Done]:
         "exp_manager.explicit_log_dir=moved",
     ]
     given += ["model.kto.ref_policy_kl_penalty=0.5", "trainer.kto.max_epochs=3", "trainer.kto.limit_val_batches=0"]
-    new = "exp_manager.explicit_log_dir=new"
-    earlier, changes = "model.peft.restore_from_path", "exp_manager.resume_with_changes=true"
-    apart = ["train", *given, "exp_manager.explicit_log_dir=from_apart"]
+    commands = _exports_and_scores(step) | _trainings(given, step) | _on_an_archive(given)
+    order = sorted(commands, key=lambda name: name == "whole model")
+    return bad_session.run(root, {name: (commands[name], {"NEMO_KTO_CACHE": "cache"}) for name in order}, LAUNCHER)
+
+
+def _exports_and_scores(step: str) -> dict[str, list[str]]:
+    data = ("--data", "heldout.jsonl", "--cache-dir", "cache")
     convert = ["convert", "megatron-to-hf", "--input", step, "--output"]
-    commands = {
+    return {
         "adapter": [*convert, "peft", "--adapter"],
         "merge": [*convert, "merged", "--merge"],
         "score": ["score", "--model", "model", "--adapter", step, *data, "--out", "a.jsonl"],
@@ -134,8 +137,16 @@ def said(runs, root) -> dict[str, bad_session.Done]:
         "to megatron": ["convert", "hf-to-megatron", "--input", "model", "--output", "megatron"],
         "other base to score": ["score", "--model", "other", "--adapter", step, *data, "--out", "d.jsonl"],
         "lost base": [*convert, "x", "--merge", "--base", "nowhere"],
-        "other peft": ["train", *given, new, "model.peft.restore_from_path=peft", f"{TUNING}.alpha=4"],
         "both": ["score", "--model", "model", "--adapter", step, "--reference", "model", *data, "--out", "d.jsonl"],
+    }
+
+
+def _trainings(given: list[str], step: str) -> dict[str, list[str]]:
+    new = "exp_manager.explicit_log_dir=new"
+    earlier, changes = "model.peft.restore_from_path", "exp_manager.resume_with_changes=true"
+    apart = ["train", *given, "exp_manager.explicit_log_dir=from_apart"]
+    return {
+        "other peft": ["train", *given, new, "model.peft.restore_from_path=peft", f"{TUNING}.alpha=4"],
         "no base": ["train", *given, new, f"pretrained_checkpoint.restore_from_path={step}"],
         "other base": ["train", *given, "pretrained_checkpoint.restore_from_path=other", "trainer.kto.max_steps=9"],
         "other base, changes": [
@@ -150,9 +161,6 @@ def said(runs, root) -> dict[str, bad_session.Done]:
         "apart, start lost": [*apart, f"{earlier}=nowhere", "trainer.kto.max_steps=3"],
         "apart, start not named": [*apart, "trainer.kto.max_steps=4"],
     }
-    commands |= _on_an_archive(given)
-    order = sorted(commands, key=lambda name: name == "whole model")
-    return bad_session.run(root, {name: (commands[name], {"NEMO_KTO_CACHE": "cache"}) for name in order}, LAUNCHER)
 
 
 def _on_an_archive(given: list[str]) -> dict[str, list[str]]:
