@@ -51,7 +51,7 @@ def test_what_cannot_be_is_refused(overrides, world, message):
             [
                 LORA,
                 "model.kto.reference=swap",
-                f"model.peft.restore_from_path={Path(__file__).parent}",
+                "model.peft.restore_from_path=earlier",
                 f"{LOOKAHEAD}=4",
             ],
             1,
