@@ -165,7 +165,9 @@ CASES = [
     (["model.kto.reference_from_path=/no/where"], 1, "model.kto.reference_from_path=/no/where does not exist"),
     (["exp_manager.resume_from_checkpoint=/no/where"], 1, "exp_manager.resume_from_checkpoint=/no/where does not"),
     (
+        [f"pretrained_checkpoint.restore_from_path={__file__}"],
         1,
+        f"pretrained_checkpoint.restore_from_path={__file__} is not a directory: give a Hugging Face or Megatron "
         "checkpoint directory, or a .nemo file",
     ),
     (
