@@ -80,13 +80,18 @@ def read_record(path: str | Path) -> AdapterRecord:
     """``adapters.json`` of a checkpoint.
 
     Raises:
-        CheckpointError: it is absent, or not what it should be.
+        CheckpointError: it or the checkpoint is absent, or it is not what it should be.
     """
     file = Path(path) / FILE
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         base, sha256 = str(values["base"]), str(values["base_sha256"])
     except FileNotFoundError:
+        if not Path(path).exists():
+            raise CheckpointError(
+                f"{path} does not exist: adapters (model.peft.restore_from_path, --adapter) are a checkpoint of a "
+                "LoRA run or a PEFT directory"
+            ) from None
         raise CheckpointError(f"{path} holds no adapters: it has no {FILE}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} cannot be read: {error!r}") from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from nemo_kto.config.schema import ModelConfig, PeftConfig
@@ -140,12 +139,6 @@ def problems(model: ModelConfig, start: str) -> Iterator[str]:
         if peft.restore_from_path is not None:
             yield "model.peft.restore_from_path needs model.peft.peft_scheme=lora"
         return
-    if peft.restore_from_path is not None and not Path(peft.restore_from_path).is_dir():
-        what = "is not a directory" if Path(peft.restore_from_path).exists() else "does not exist"
-        yield (
-            f"model.peft.restore_from_path={peft.restore_from_path} {what}: give a checkpoint of a LoRA run or a "
-            "PEFT directory"
-        )
     if reference == "swap" and peft.restore_from_path is None:
         yield (
             "model.kto.reference=swap with LoRA takes base + an earlier adapter as the reference: set "

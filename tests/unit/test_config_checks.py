@@ -75,8 +75,6 @@ CASES = [
     ),
     (["model.peft.peft_scheme=ia3"], 1, "model.peft.peft_scheme=ia3 is not one of none, lora"),
     (["model.peft.restore_from_path=x"], 1, "model.peft.restore_from_path needs model.peft.peft_scheme=lora"),
-    ([*LORA, "model.peft.restore_from_path=nowhere"], 1, "model.peft.restore_from_path=nowhere does not exist: give"),
-    ([*LORA, f"model.peft.restore_from_path={__file__}"], 1, f"restore_from_path={__file__} is not a directory: give"),
     ([*LORA, "model.kto.reference=swap"], 1, "takes base + an earlier adapter as the reference: set model.peft.rest"),
     ([*LORA, "model.kto.reference_from_path=/"], 1, "model.kto.reference_from_path with LoRA: the reference is the"),
     ([*LORA, f"{TUNING}.target_modules=[q_proj]"], 1, f"{TUNING}.target_modules=['q_proj']: choose some of attention"),
