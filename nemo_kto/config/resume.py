@@ -98,11 +98,9 @@ def resumed_spec(config: Config, checkpoint: Path) -> LoraSpec | None:
     wanted, record = lora_spec(config.model.peft), run_adapters(checkpoint)
     if wanted is None or record is None:
         return wanted
-    found = record.spec
-    if config.exp_manager.resume_with_changes:
-        found = replace(found, scale=wanted.scale)
-    found.check_same(wanted, checkpoint)
-    return found
+    found, may_differ = record.spec, config.exp_manager.resume_with_changes
+    found.check_same(replace(wanted, scale=found.scale) if may_differ else wanted, checkpoint)
+    return replace(found, scale=wanted.scale)
 
 
 def _sound(checkpoint: Path, name: str) -> Iterator[Path]:

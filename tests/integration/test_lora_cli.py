@@ -157,9 +157,9 @@ def _trainings(given: list[str], step: str) -> dict[str, list[str]]:
         "other adapters": ["train", *given, new, f"model.peft.restore_from_path={step}", f"{TUNING}.adapter_dim=8"],
         "whole run": ["train", *given, "model.peft.peft_scheme=none", "trainer.kto.max_steps=9"],
         "from peft": ["train", *given, new, "model.peft.restore_from_path=peft", "trainer.kto.max_steps=3"],
-        "apart": [*apart, f"{earlier}=apart", "trainer.kto.max_steps=2"],
-        "apart, start lost": [*apart, f"{earlier}=nowhere", "trainer.kto.max_steps=3"],
-        "apart, start not named": [*apart, "trainer.kto.max_steps=4"],
+        "apart": [*apart, f"{earlier}=apart", "trainer.kto.max_steps=3"],
+        "apart, start lost": [*apart, f"{earlier}=nowhere", "trainer.kto.max_steps=4"],
+        "apart, start not named": [*apart, "trainer.kto.max_steps=5"],
     }
 
 
@@ -220,7 +220,7 @@ def test_a_resumed_run_needs_no_start(said, root):
     for name in ("apart", "apart, start lost", "apart, start not named"):
         assert said[name].code == 0, said[name].text
     metrics = map(json.loads, (root / "from_apart" / "metrics.jsonl").read_text().splitlines())
-    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5]
     first, *_, last = sorted((root / "from_apart" / "checkpoints").glob("step-*/adapters.json"))
     assert first.read_text() == last.read_text()
     assert json.loads(last.read_text())["ranks"]["linear_qkv"] == 12
