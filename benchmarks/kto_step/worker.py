@@ -30,7 +30,7 @@ def main() -> None:
 
 def _train(settings: Settings, server: StepServer, *, as_aligner: bool) -> None:
     """As ``nemo-kto train`` and ``nemo_kto.training.trainer.fit`` do it, with one more callback."""
-    from nemo_kto.cli.train import _check, _read_data
+    from nemo_kto.cli.train import check_model, read_data
     from nemo_kto.config.checks import check
     from nemo_kto.config.load import load_config
     from nemo_kto.config.world import world_from_environment
@@ -40,8 +40,8 @@ def _train(settings: Settings, server: StepServer, *, as_aligner: bool) -> None:
 
     config, world = load_config(settings.hydra()), world_from_environment()
     check(config, world.size)
-    _check(config)
-    data = _read_data(config)
+    check_model(config)
+    data = read_data(config)
     trainer = build_trainer(config, data, world)
     Path(config.exp_manager.explicit_log_dir).mkdir(parents=True, exist_ok=True)
     model_class = _aligner_model() if as_aligner else MegatronGPTKTOModel
