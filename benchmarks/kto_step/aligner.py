@@ -48,6 +48,9 @@ class AlignerStep:
         self._reference = [parameter.detach().clone() for parameter in self._parameters]
         self.bytes_moved = 0
 
+    def use_masters(self, masters: Any) -> None:
+        """Nothing: the policy always waits on the host."""
+
     def train(self, step: StepBatch) -> dict[str, float]:
         """Accumulate the gradient, and return the sums that the model's metrics are made of."""
         doubled = [(batch, *_doubled(batch)) for batch in step]
