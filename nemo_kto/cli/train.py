@@ -131,6 +131,8 @@ def _check_places(config: Config) -> None:
 
     if resume_path(config.exp_manager) is None:
         _check_earlier_adapters(config)
+    elif config.model.peft.restore_from_path is not None:
+        logger.info("the run goes on with its checkpoint's adapters: model.peft.restore_from_path is not read again")
     check_log_dir(Path(config.exp_manager.explicit_log_dir))
 
 

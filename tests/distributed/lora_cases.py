@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from lora_runs import LORA_ADAM, LORA_SGD, STEPS, LoraJob
-from trajectory_cases import DIST, FULL, OVERLAP, SELECTIVE, SEQUENCE, layout_words
+from trajectory_cases import DIST, FULL, OVERLAP, SELECTIVE, SEQUENCE, Way
 
 RECIPES = {
     "sgd": LORA_SGD,
@@ -24,16 +24,12 @@ WITHOUT_ORACLE = ("dropout",)
 
 
 @dataclass(frozen=True)
-class Case:
-    recipe: str
-    tp: int = 1
-    pp: int = 1
+class Case(Way):
     micro: int = 4
-    extra: tuple[str, ...] = ()
     steps: int = STEPS
 
     def overrides(self, root: Path) -> list[str]:
-        return [*RECIPES[self.recipe].overrides(root), *layout_words(self.tp, self.pp, self.micro), *self.extra]
+        return [*RECIPES[self.recipe].overrides(root), *self.words]
 
 
 CASES = {

@@ -50,18 +50,29 @@ def layout_words(tp: int, pp: int, micro: int) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Case:
+class Way:
+    """How a recipe, which is named, is computed."""
+
     recipe: str
     tp: int = 1
     pp: int = 1
     micro: int = 2
     extra: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> list[str]:
+        """The command line's words for it."""
+        return [*layout_words(self.tp, self.pp, self.micro), *self.extra]
+
+
+@dataclass(frozen=True)
+class Case(Way):
     head_rows: int | None = None
     """Tokens per chunk of the LM head, so that there are many; None: as shipped, where this model has one."""
 
     def overrides(self, root: Path) -> list[str]:
-        words = [*RECIPES[self.recipe].overrides(root), *layout_words(self.tp, self.pp, self.micro), *self.extra]
-        return [*words, f"model.kto.reference_cache_dir={root / 'log-probs' / self.recipe}"]
+        place = f"model.kto.reference_cache_dir={root / 'log-probs' / self.recipe}"
+        return [*RECIPES[self.recipe].overrides(root), *self.words, place]
 
 
 CASES = {

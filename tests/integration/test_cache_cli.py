@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 from command_line import read_metrics
-from train_runs import CLOCK
+from train_runs import CLOCK, make_files
 
 pytestmark = pytest.mark.integration
 
@@ -26,7 +26,8 @@ WORDS = [
     *("model.data.data_prefix.train=[train.jsonl]", "model.data.data_prefix.validation=[heldout.jsonl]"),
     *("model.data.cache_dir=tokens", "model.data.seq_length=64", "model.data.num_workers=0"),
     # each row by itself: its number does not depend on neighbours, which the shuffle changes from epoch to epoch
-    *(f"model.global_batch_size={BATCH}", "model.micro_batch_size=1", "trainer.precision=32"),
+    *(f"model.global_batch_size={BATCH}", "model.micro_batch_size=1", "model.data.packing=false"),
+    "trainer.precision=32",
     *("model.optim.lr=1e-3", "model.optim.sched.name=Constant", "model.optim.sched.warmup_steps=2"),
     *("trainer.kto.max_epochs=2", "trainer.kto.val_check_interval=5", "trainer.kto.save_interval=1"),
     *("exp_manager.checkpoint_callback_params.save_top_k=-1", "exp_manager.checkpoint_callback_params.save_last_k=99"),
@@ -64,11 +65,7 @@ def _run(root: Path, name: str, commands: list[tuple[str, list[str]]]) -> dict[s
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("cache")
-    tiny.make_model(root / "model", num_hidden_layers=2)
-    tiny.make_model(root / "other", seed=1, num_hidden_layers=2)
-    tiny.make_records(root / "train.jsonl", ROWS, seed=1)
-    tiny.make_records(root / "heldout.jsonl", HELDOUT, seed=2)
-    return root
+    return make_files(root, ROWS, HELDOUT)
 
 
 @pytest.fixture(scope="module")

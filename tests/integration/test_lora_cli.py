@@ -12,12 +12,11 @@ from pathlib import Path
 import bad_session
 import lora_trainings
 import pytest
-import tiny
 import torch
 from bad_cases import LAUNCHER
 from lora_trainings import LORA, STEP, TUNING
 from safetensors.torch import load_file
-from train_runs import Run
+from train_runs import HELDOUT, ROWS, Run, make_files
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -28,10 +27,7 @@ RELATIVE = 1e-4
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("lora")
-    tiny.make_model(root / "model", num_hidden_layers=2)
-    tiny.make_model(root / "other", num_hidden_layers=2, seed=1)
-    tiny.make_records(root / "train.jsonl", 22, seed=1)
-    tiny.make_records(root / "heldout.jsonl", 6, seed=2)
+    make_files(root, ROWS, HELDOUT)
     lora_trainings.make_apart(root / "model", root / "apart")
     return root
 

@@ -7,7 +7,6 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import tiny
 import train_runs
 from train_runs import BATCH, BETA, HELDOUT, ROWS, STEPS_PER_EPOCH
 
@@ -19,12 +18,7 @@ LOSS, NORM = 1e-5, 1e-4
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("train")
-    tiny.make_model(root / "model", num_hidden_layers=2)
-    tiny.make_model(root / "other", seed=1, num_hidden_layers=2)
-    tiny.make_records(root / "train.jsonl", ROWS, seed=1)
-    tiny.make_records(root / "heldout.jsonl", HELDOUT, seed=2)
-    return root
+    return train_runs.make_files(tmp_path_factory.mktemp("train"), ROWS, HELDOUT)
 
 
 # --- without interruption, and with one

@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import tiny
 from command_line import read_metrics
 
 from nemo_kto.config.locate import checkpoint_steps
@@ -41,6 +42,15 @@ class Run:
     @property
     def checkpoints(self) -> list[int]:
         return [step for step, _ in checkpoint_steps(self.out)]
+
+
+def make_files(root: Path, rows: int, heldout: int) -> Path:
+    """A model, another one of the same shape, and records to train on and to validate on; returns ``root``."""
+    tiny.make_model(root / "model", num_hidden_layers=2)
+    tiny.make_model(root / "other", seed=1, num_hidden_layers=2)
+    tiny.make_records(root / "train.jsonl", rows, seed=1)
+    tiny.make_records(root / "heldout.jsonl", heldout, seed=2)
+    return root
 
 
 PLAIN = (sys.executable, "-m", "nemo_kto.cli.main", "train")
