@@ -19,8 +19,10 @@ from typing import Any
 
 from benchmarks.kto_step.contenders import CONTENDERS, SCALING, Contender, chosen, groups
 from benchmarks.kto_step.crew import ROOT, Places, Worker
+from benchmarks.kto_step.flops import Shape
+from benchmarks.kto_step.over_data import ratios, read_lengths
 from benchmarks.kto_step.report import draw, table
-from benchmarks.kto_step.summary import cpu_seconds, summarize
+from benchmarks.kto_step.summary import cpu_seconds, spread, summarize
 
 _BYTES_EACH = 4.5e9  # a contender with SmolLM2 in memory, generously
 _MARK_BEGIN, _MARK_END = "<!-- table of make bench -->", "<!-- end of the table -->"
@@ -37,9 +39,10 @@ def main() -> None:
             _forget(results, {c.name for c in group if c.name != c.baseline})
             _run_group(group, args, results)
             _write(results, args.out)  # after each group, so that an interrupted run leaves what it has measured
+    results["over_data"] = _over_data(results, args)
     _write(results, args.out)
     if args.readme is not None:
-        _put(table(results["summary"]), args.readme)
+        _put(_table(results), args.readme)
     print(args.out.with_suffix(".md").read_text(encoding="utf-8"))
 
 
@@ -106,9 +109,23 @@ def _write(results: dict[str, Any], out: Path) -> None:
     results["summary"] = [summarize(contenders[n], own[n], own[contenders[n]["baseline"]]) for n in order]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    out.with_suffix(".md").write_text(table(results["summary"]), encoding="utf-8")
+    out.with_suffix(".md").write_text(_table(results), encoding="utf-8")
     if results["summary"]:
         draw(results["summary"], out.with_suffix(".png"))
+
+
+def _table(results: dict[str, Any]) -> str:
+    return table(results["summary"], results.get("over_data"))
+
+
+def _over_data(results: dict[str, Any], args: argparse.Namespace) -> dict[str, Any] | None:
+    """Spread of the formula's ratios over all batches of the data; None where nobody was measured."""
+    shapes = [Shape(**contender["shape"]) for contender in results["contenders"].values()]
+    if not shapes:
+        return None
+    lengths = read_lengths(args.assets / "train.jsonl", args.assets / "model")
+    swap, cached = zip(*ratios(lengths, shapes[0], Contender.rows), strict=True)
+    return {"swap": asdict(spread(swap)), "cached": asdict(spread(cached))}
 
 
 def _put(text: str, file: Path) -> None:

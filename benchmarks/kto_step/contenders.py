@@ -61,6 +61,7 @@ _BF16 = {"bf16": True, "baseline": "trl-bf16"}
 _PADDED = ("model.data.packing=false",)
 _CACHE = ("model.kto.reference=cache",)
 _AHEAD = ("model.kto.reference_lookahead=8",)
+_HOST = ("model.kto.reference_restore=host",)
 _LORA = ("model.peft.peft_scheme=lora", "model.optim.lr=2e-4")
 _FILL = ("cache-reference",)
 _ALONE = {"threads": 1, "baseline": "dp1"}
@@ -75,6 +76,8 @@ CONTENDERS = (
     Contender("ours-fp32-lookahead", "nemo_kto, one swap for 8 steps", overrides=_AHEAD, period=8),
     Contender("ours-fp32-padded", "nemo_kto, without packing", overrides=_PADDED),
     Contender("ours-fp32-malloc", "nemo_kto, glibc left alone", environment={"GLIBC_TUNABLES": ""}),
+    Contender("ours-fp32-active", "nemo_kto, threads wait actively", environment={"OMP_WAIT_POLICY": "ACTIVE"}),
+    Contender("ours-fp32-host", "nemo_kto, policy waits in host memory", overrides=_HOST),
     Contender("ours-fp32-lora", "nemo_kto, LoRA", overrides=_LORA),
     Contender("trl-bf16", "TRL", **_TRL, **_BF16),
     Contender("trl-bf16-precompute", "TRL, reference scored in advance", overrides=("precompute",), **_TRL, **_BF16),

@@ -17,14 +17,16 @@ _BUSY = 0.5  # load average above a contender's own threads
 _COLORS = {"TRL": "#7f7f7f", "nemo_kto": "#2a7f3f", "NeMo-Aligner's algorithm": "#b5651d"}
 
 
-def table(rows: Sequence[Row]) -> str:
-    """One table per precision, and a line per one-time cost and per scaling."""
+def table(rows: Sequence[Row], over_data: dict[str, Row] | None = None) -> str:
+    """One table per precision, and a line per one-time cost, per scaling and for the operations over all data."""
     parts = []
     for bf16, heading in ((False, "float32"), (True, "bfloat16")):
         found = [row for row in rows if row["bf16"] == bf16]
         if found:
             parts.append(f"{heading}\n\n{_HEAD}" + "".join(_line(row, found) for row in found))
     notes = [note for row in rows for note in _notes(row)]
+    if over_data:
+        notes.append(_over_data(over_data))
     return "\n".join(parts) + ("\n" + "".join(f"- {note}\n" for note in notes) if notes else "")
 
 
@@ -66,6 +68,18 @@ def _notes(row: Row) -> list[str]:
     if row["swap_parameters"] is not None:
         notes.append(f"{row['title']}: {row['swap_parameters']:.3f} x parameter bytes moved per step by the reference")
     return notes
+
+
+def _over_data(found: dict[str, Row]) -> str:
+    swap, cached = (
+        f"{found[name]['median']:.2f} ({found[name]['lower']:.2f} to {found[name]['upper']:.2f})"
+        for name in ("swap", "cached")
+    )
+    return (
+        "operations over NeMo-Aligner's algorithm for each of the data's "
+        f"{found['swap']['count']:,} batches, by the formula, median (quartiles): {swap} with the swap, "
+        f"{cached} with the cache"
+    )
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

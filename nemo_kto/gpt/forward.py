@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nemo_kto.data.batch import ForwardSize, KTOBatch, Rows, regroup, ungroup
 from nemo_kto.distributed.groups import ParallelGroups
 from nemo_kto.distributed.logprobs import response_logprobs, sequence_sums
-from nemo_kto.gpt.build import unwrap
+from nemo_kto.gpt.build import has_transformer_engine, unwrap
 
 Objective: TypeAlias = Callable[[Tensor, KTOBatch], tuple[Tensor, dict[str, Tensor]]]
 """(policy log-probs [B] float64 nats, with gradient; the micro-batch) -> (this micro-batch's addend of the global
@@ -138,15 +138,15 @@ class Passes:
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self._groups.tp
             )
-        mask = rows.response_mask
+        scored = rows.response_mask.nonzero(as_tuple=True)  # once: on a GPU each look for them waits for the device
         token_logps = response_logprobs(
-            hidden.transpose(0, 1)[mask],
+            hidden.transpose(0, 1)[scored],
             gpt.head_weight(),
-            rows.labels[mask],
+            rows.labels[scored],
             self._groups.tp,
             vocab_size=self._vocab_size,
         )
-        return sequence_sums(token_logps, rows.row_of_position[mask], rows.count)
+        return sequence_sums(token_logps, rows.row_of_position[scored], rows.count)
 
 
 def _forward(chunk: nn.Module, rows: Rows) -> Tensor:
@@ -161,8 +161,11 @@ def _packed(lengths: tuple[int, ...], device: torch.device) -> PackedSeqParams:
     """Where rows begin; rotary positions restart there.
 
     Megatron needs the longest row's length for it: given the whole entry's, it counts on from row to row, in silence.
+    Only Transformer Engine's kernels read the starts on the device. Our attention and Megatron's rotary embedding make
+    numbers of them in every layer, which would wait for the device there.
     """
-    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    place = device if has_transformer_engine() else torch.device("cpu")
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=place)
     longest = max(lengths)
     return PackedSeqParams("thd", starts, starts, max_seqlen_q=longest, max_seqlen_kv=longest)
 

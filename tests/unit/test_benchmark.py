@@ -145,6 +145,18 @@ def test_the_formula_is_what_torch_counts(tiny_llama, trains):
     assert counting.stop() == {}  # nothing between two steps
 
 
+def test_operations_of_a_batch_against_a_padded_block():
+    """Counted by hand for two rows of 3 + 2 and 1 + 4 tokens: inputs of 4 and 4, pairs of 6 and 2."""
+    from benchmarks.kto_step.over_data import Lengths, ratios
+
+    samples, pairs = Pass(8, 0, 32, 6, True), Pass(8, 0, 40, 6, False)
+    reference = [dataclasses.replace(samples, trains=False), pairs]
+    padded = [Pass(24, 8, 144, 24, trains) for trains in (True, False)]
+    total = [sum(pass_flops(SHAPE, run) for run in runs) for runs in ([samples, pairs], reference, padded)]
+    (found,) = ratios([Lengths(3, 2), Lengths(1, 4), Lengths(9, 9)], SHAPE, rows=2)
+    assert found == pytest.approx(((total[0] + total[1]) / total[2], total[0] / total[2]), rel=1e-12)
+
+
 def test_products_that_torch_does_not_count_are_counted():
     left, right, total = torch.ones(5, 7), torch.ones(7, 11), torch.zeros(5, 11)
     counting = Counting()
