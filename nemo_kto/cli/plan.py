@@ -39,12 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adapter-dim", type=_count, metavar="N", help="rank of the adapters (default: 32)")
     add("--optimizer", choices=("distributed_fused_adam", "adamw"), default="distributed_fused_adam")
     speeds = parser.add_argument_group("speeds that are assumed, per GPU; they change the ranking, never the memory")
-    speeds.add_argument("--tflops", type=_positive, help="sustained, 10^12 per second (default: bf16 400, 32 50)")
-    speeds.add_argument("--nvlink", type=_positive, default=300.0, help="10^9 bytes/s one way (default: %(default)g)")
-    speeds.add_argument(
-        "--network", type=_positive, default=40.0, help="the same to other nodes (default: %(default)g)"
-    )
-    speeds.add_argument("--host-link", type=_positive, default=40.0, help="from host memory (default: %(default)g)")
+    speed = speeds.add_argument
+    speed("--tflops", type=_positive, metavar="N", help="sustained, 10^12 per second (default: bf16 400, 32 50)")
+    speed("--nvlink", type=_positive, default=300.0, metavar="N", help="10^9 bytes/s one way (default: %(default)g)")
+    speed("--network", type=_positive, default=40.0, metavar="N", help="to other nodes (default: %(default)g)")
+    speed("--host-link", type=_positive, default=40.0, metavar="N", help="from host memory (default: %(default)g)")
     add("--top", type=_count, default=10, metavar="N", help="layouts to show (default: %(default)s)")
     add("--json", action="store_true", help="print everything as JSON, in bytes and seconds")
 

@@ -1,14 +1,16 @@
 """Bytes that one pipeline stage keeps from forward to backward, and works with in between.
 
-After Korthikanti et al., arXiv 2205.05198, section 4, which counts what a GPT layer's backward needs: s b h (34 +
-5 a s / h) bytes. Counted anew here for this network: no biases, no dropout masks, SwiGLU with F columns twice and once,
-G key/value heads for A query heads of D channels, and an attention kernel that keeps no scores but the logarithm of
-each row's sum in float32. With e bytes per element, and per token of a micro-batch, on one of t tensor-parallel ranks:
+After Korthikanti et al., arXiv 2205.05198, section 4, which counts what the backward of a GPT layer needs:
+s b h (34 + 5 a s / h) bytes. Counted anew here for this network: no biases, no dropout masks, SwiGLU with F columns
+twice and once, G key/value heads for A query heads of D channels, and an attention kernel that keeps no scores but the
+logarithm of each row's sum in float32. Per token of a micro-batch, on one of t tensor-parallel ranks, with e bytes per
+element, and t' = t with sequence parallelism (their equation 4), else 1:
 
-    norms     4 H e / t'     both norms' inputs and outputs; t' = t with sequence parallelism, else 1 (their equation 4)
-    norms     8 / t'         their two float32 factors
-    attention (2 A + 2 G) D e / t + 4 A / t     q, k, v, the output, the logarithms
-    SwiGLU    3 F e / t      gate and up, and their product; activation and product are computed again in backward
+    norms      (4 H e + 8) / t'             inputs and outputs of both, and their two float32 factors
+    attention  (3 A + 3 G) D e / t + 4 A / t  q and k after RoPE, the output, and q, k, v as they were projected: v is
+                                            a view of them, so they all stay (a kernel that copies v needs less)
+               4 (A + G) / t                with norms of q and k: their float32 factors
+    SwiGLU     3 F e / t                    gate and up, and their product; what lies between is computed again
 
 A recomputed unit of layers keeps its input alone, H e / t', and during its backward one unit's full activations.
 Recomputing core attention alone (``selective``) saves nothing under such a kernel: the output that it would drop is
@@ -28,8 +30,10 @@ def layer_bytes(job: Job, layout: Layout, tokens: int) -> int:
     """What one decoder layer keeps of a micro-batch of ``tokens`` tokens; see the top of this file."""
     arch, size = job.arch, job.weight_bytes
     norms = (4 * arch.hidden_size * size + 8) * tokens // layout.sequence_shards
-    heads = (2 * arch.num_attention_heads + 2 * arch.num_query_groups) * arch.head_dim
+    heads = 3 * (arch.num_attention_heads + arch.num_query_groups) * arch.head_dim
     sharded = (heads + 3 * arch.ffn_hidden_size) * size + 4 * arch.num_attention_heads
+    if arch.qk_norm:
+        sharded += 4 * (arch.num_attention_heads + arch.num_query_groups)
     return norms + sharded * tokens // layout.tp + _adapter_bytes(job, layout, tokens)
 
 
@@ -44,26 +48,30 @@ def _adapter_bytes(job: Job, layout: Layout, tokens: int) -> int:
 def stage_bytes(job: Job, layout: Layout, stage: int) -> int:
     """Activations of a pipeline stage at their highest.
 
-    Megatron's one-forward-one-backward schedule: stage i of P has min(M, P - i) of M micro-batches in flight. In a
-    pipeline each also keeps the stage's output until its gradient comes. The last stage keeps the input of the final
-    norm and the head's input.
+    Megatron's one-forward-one-backward schedule: stage i of P has min(M, P - i) of M micro-batches in flight, and of
+    each but the last stage's the output too, until its gradient comes. The last stage keeps the input of the final
+    norm and that of the head, which are gone when the backward pass reaches its layers. Then one micro-batch has a
+    unit's full activations, and still what comes before that unit: with ``uniform`` at worst every input, with
+    ``block``, whose recomputed layers come first, theirs alone.
     """
     tokens = layout.micro_batch_size * job.seq_length
-    flights = min(layout.micro_batches(job), layout.pp - stage)
-    full = layer_bytes(job, layout, tokens)
-    unit = job.arch.hidden_size * job.weight_bytes * tokens // layout.sequence_shards
+    full, unit = layer_bytes(job, layout, tokens), _input_bytes(job, layout, tokens)
     layers, again = job.arch.num_layers // layout.pp, layout.recompute_layers
     if layout.recompute == "uniform":
-        kept, peak = layers // again * unit, again * full
-    elif layout.recompute == "block":
-        kept, peak = again * unit + (layers - again) * full, full
+        kept = layers // again * unit
+        peak = kept - unit + again * full  # full has the unit's input too
     else:
-        kept, peak = layers * full, 0
-    if layout.pp > 1:
-        kept += unit
+        kept = again * unit + (layers - again) * full
+        peak = again * unit - unit + full if again else 0
     if stage == layout.pp - 1:
-        kept += unit + job.arch.hidden_size * job.weight_bytes * tokens
-    return flights * kept + peak
+        return max(kept + unit + job.arch.hidden_size * job.weight_bytes * tokens, peak)
+    flights = min(layout.micro_batches(job), layout.pp - stage)
+    return flights * unit + (flights - 1) * kept + max(kept, peak)
+
+
+def _input_bytes(job: Job, layout: Layout, tokens: int) -> int:
+    """What goes from one layer to the next."""
+    return job.arch.hidden_size * job.weight_bytes * tokens // layout.sequence_shards
 
 
 def head_chunk_bytes(job: Job, layout: Layout) -> int:

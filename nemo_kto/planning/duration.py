@@ -1,9 +1,9 @@
 """Seconds of one optimizer step, to compare layouts with. Speeds are assumptions (:class:`Machine`), not measurements.
 
-Operations: a product of an [m, k] with a [k, n] matrix is 2 m k n. With W elements in a layer's matrices, a token costs
-2 W forward, and backward twice that, or once where the base is frozen; attention over a causal row of S tokens
+Operations: a product of an [m, k] with a [k, n] matrix is 2 m k n. With W elements in a layer's matrices, a token
+costs 2 W forward, and backward twice that, or once where the base is frozen; attention over a causal row of S tokens
 2 S A D forward (half of all S x S pairs) and 2.5 times that backward, as its kernel makes scores again; the head 2 H V
-forward and twice that backward. All positions count as responses, so the head's share is an upper bound. A KTO step is
+forward and twice that backward. All positions count as responses: an upper bound for the head. A KTO step is
 
     reference   rows and mismatched pairs, forward       2 M micro-batches
     KL          mismatched pairs, forward                M
@@ -45,7 +45,7 @@ class StepTime:
     @property
     def total(self) -> float:
         """Seconds of a step."""
-        return sum(asdict(self).values())
+        return float(sum(asdict(self).values()))
 
     def to_json(self) -> dict[str, float]:
         """All of it, with ``total``."""
@@ -128,7 +128,7 @@ def _turn(job: Job, layout: Layout, machine: Machine, tokens: float, *, trains: 
 
 def _recomputed(layout: Layout, layers: int) -> int:
     """Layers of a stage whose forward runs twice."""
-    return {None: 0, "uniform": layers}.get(layout.recompute, layout.recompute_layers)
+    return layers if layout.recompute == "uniform" else layout.recompute_layers
 
 
 def _all_reduce(size: float, ranks: int, speed: float, machine: Machine) -> float:

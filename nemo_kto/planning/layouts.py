@@ -77,13 +77,11 @@ def plain_layouts(job: Job) -> Iterator[Layout]:
 
 
 def _model_parallel_sizes(job: Job) -> Iterator[tuple[int, int]]:
-    """(TP, PP) that divide network and world. A tensor-parallel group never leaves its node: its links are too slow."""
+    """(TP, PP) that divide network and world. A tensor-parallel group never leaves its node, for lack of speed."""
     node = min(job.gpus_per_node, job.world)
+    depths = [pp for pp in range(1, job.arch.num_layers + 1) if _divides(job.arch, 1, pp)]
     for tp in (n for n in range(1, node + 1) if node % n == 0 and _divides(job.arch, n, 1)):
-        rest = job.world // tp
-        yield from (
-            (tp, pp) for pp in range(1, job.arch.num_layers + 1) if rest % pp == 0 and _divides(job.arch, 1, pp)
-        )
+        yield from ((tp, pp) for pp in depths if job.world // tp % pp == 0)
 
 
 def _divides(arch: Architecture, tp: int, pp: int) -> bool:

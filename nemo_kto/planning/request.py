@@ -11,7 +11,7 @@ from nemo_kto.data.plan import micro_batches_of_pipeline
 from nemo_kto.errors import ConfigError
 
 GB = 10**9
-"""Bytes of a GB, everywhere here. A GPU sold with 80 GB has some 85 * 10^9 bytes; the rest is left to CUDA and NCCL."""
+"""Bytes of a GB, everywhere here. A GPU sold with 80 GB has some 85 x 10^9; the rest is left to CUDA and NCCL."""
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ def _request(plan: Plan, model: str) -> str:
     size = stage_elements(job.arch, 1, 1, 0) / 1e9
     kind = "all weights" if job.lora_dim is None else f"LoRA of rank {job.lora_dim}"
     return (
-        f"{model}: {size:.2f} billion parameters on {nodes} x {job.world // nodes} GPUs of {machine.memory / GB:.4g} GB "
-        f"({machine.usable / GB:.1f} GB without the reserve of {machine.reserve:.0%})\n"
+        f"{model}: {size:.2f} billion parameters on {nodes} x {job.world // nodes} GPUs of "
+        f"{machine.memory / GB:.4g} GB ({machine.usable / GB:.1f} without the reserve of {machine.reserve:.0%})\n"
         f"rows of {job.seq_length} tokens (mean {job.tokens_per_row}), {job.global_batch_size} per step, "
         f"{'bf16' if job.bf16 else 'float32'}, {kind}, {job.optimizer}; {step_flops(job):.2e} operations per step\n"
         f"{plan.evaluated} layouts evaluated, {len(plan.fitting)} fit"
