@@ -68,6 +68,10 @@ def _row(plan: Plan, number: int, found: Candidate) -> Sequence[str]:
     )
 
 
+def _nodes(number: int) -> str:
+    return "1 node" if number == 1 else f"{number} nodes"
+
+
 def _recompute(layout: Layout) -> str:
     return "no" if layout.recompute is None else f"{layout.recompute} {layout.recompute_layers}"
 
@@ -81,7 +85,8 @@ def _choice(plan: Plan) -> list[str]:
         f"choice: TP {layout.tp} x PP {layout.pp} x DP {layout.dp}, {plan.best.micro_batches} micro-batches per rank; "
         f"a step takes {time.total:.3g} s at the assumed speeds",
         f"  ({parts})",
+        "by pipeline stage" + ("; later ones than 1, but for the last, hold less:" if layout.pp > 3 else ":"),
         *_aligned([("stage", *_MEMORY), *((str(rank.stage), *_memory(rank)) for rank in plan.best.stages)]),
-        f"overrides, to be given on every one of {nodes} nodes ({job.world // nodes} processes each):",
+        f"overrides, the same on {'each of ' if nodes > 1 else ''}{_nodes(nodes)} ({job.world // nodes} processes):",
         *(f"  {setting}" + (" \\" if setting is not settings[-1] else "") for setting in settings),
     ]

@@ -74,6 +74,9 @@ NAMES = [(world, name) for world, cases in CASES.items() for name in cases]
 PADDED = 0.02
 """What the distributed optimizer's alignment adds here: parameters begin at multiples of 64 elements and buckets end
 at multiples of 128 and DP, in networks of 0.3 million elements and more per rank. Nothing else differs."""
+LEFT_OVER = 0.05
+"""Of all tensors that are alive: rotary frequencies, step counters, and what a rank received last, which is up to 65 kB
+beside 2.4 MB on the smallest rank here."""
 KERNELS = 0.03
 """For what is not counted: cosines and sines, token ids, masks, and, of LoRA, the narrow tensors between A and B."""
 
@@ -118,8 +121,7 @@ def test_weights_gradients_and_optimizer_state(world, name, root, worlds):
         assert found["trained"] == expected.trained
         for part in ("weights", "gradients", "optimizer"):
             assert found[part] == pytest.approx(getattr(expected, part), rel=PADDED), part
-        # tokens, rotary frequencies and step counters are alive too
-        assert found["everything"] == pytest.approx(expected.total, rel=PADDED)
+        assert found["everything"] == pytest.approx(expected.total, rel=LEFT_OVER)
 
 
 @pytest.mark.parametrize(("world", "name"), NAMES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import yaml
 
@@ -12,6 +13,7 @@ from nemo_kto.config.checks import check, check_recompute
 from nemo_kto.config.layout import check_layout
 from nemo_kto.config.load import load_config
 from nemo_kto.config.schema import Config
+from nemo_kto.data.plan import micro_batches_of_pipeline, packed
 from nemo_kto.errors import ConfigError
 from nemo_kto.planning.duration import step_flops, step_time
 from nemo_kto.planning.layouts import candidates, plain_layouts, predict
@@ -86,6 +88,16 @@ def test_what_the_config_refuses_is_not_proposed():
 
 def test_tensor_parallel_groups_stay_in_their_node():
     assert {layout.tp for layout in plain_layouts(replace(JOBS["70b"], gpus_per_node=4))} == {1, 2, 4}
+
+
+@pytest.mark.parametrize(
+    ("pp", "rows", "length", "micro"), [(1, 8, 64, 2), (1, 9, 50, 4), (4, 64, 64, 1), (4, 16, 900, 8)]
+)
+def test_micro_batches_are_counted_as_packing_makes_them(pp, rows, length, micro):
+    job = Job(SIZE_GROUPS["8b"], pp, 8, 1024, rows, mean_length=length)
+    lengths = np.full((rows, 2), length)
+    (share,) = packed(lengths, 1, micro * 1024, micro_batches_of_pipeline(rows * length, pp))
+    assert Layout(1, pp, 1, False, micro).micro_batches(job) == len(share)
 
 
 def test_70b_on_1024_gpus_looks_at_few_layouts():
