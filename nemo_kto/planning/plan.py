@@ -12,8 +12,8 @@ from nemo_kto.planning.request import GB, Job, Layout, Machine
 
 _TIE = 0.05
 """Layouts whose times differ by less are taken for equally quick: the assumed speeds tell no finer difference."""
-_MOST_NODES = 64
-"""Times the nodes asked for: how far a refusal looks for a number that would do."""
+_MOST = 64
+"""Times the GPUs asked for: how far a refusal looks for a number that would do."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,10 @@ def _no_room(job: Job, machine: Machine, found: list[Candidate]) -> str:
 def _remedies(job: Job, machine: Machine, need: int) -> list[str]:
     """What would make it fit, each looked at by itself."""
     found = [f"Give GPUs of {-(-need / GB // (1 - machine.reserve)):.0f} GB (--gpu-memory)"]
-    nodes = max(1, job.world // job.gpus_per_node)
-    for factor in (2**power for power in range(1, _MOST_NODES.bit_length())):
+    for factor in (2**power for power in range(_MOST.bit_length())):
         more = replace(job, world=max(job.world, job.gpus_per_node) * factor)
-        if any(candidate.fits for candidate in candidates(more, machine)):
-            found.append(f"or {nodes * factor} nodes of {job.gpus_per_node} (--nodes)")
+        if more.world > job.world and any(candidate.fits for candidate in candidates(more, machine)):
+            found.append(f"or {more.world} GPUs (--gpus)")
             break
     if job.lora_dim is None and any(c.fits for c in candidates(replace(job, lora_dim=32), machine)):
         found.append("or train adapters alone (--peft lora)")

@@ -133,11 +133,16 @@ def test_no_room_says_the_least_and_what_would_do():
     text = str(refused.value)
     least = min(candidate.fullest.total for candidate in candidates(job, H100))
     assert f"the least that any needs is {least / GB:.1f} GB" in text
-    nodes = int(re.search(r"or (\d+) nodes of 8", text)[1])
-    assert make_plan(replace(job, world=8 * nodes), H100).fitting
+    gpus = int(re.search(r"or (\d+) GPUs", text)[1])
+    assert make_plan(replace(job, world=gpus), H100).fitting
     memory = int(re.search(r"GPUs of (\d+) GB \(--gpu-memory\)", text)[1])
     assert make_plan(job, replace(H100, memory=memory * GB)).fitting
     assert ("--peft lora" in text) == bool([c for c in candidates(replace(job, lora_dim=32), H100) if c.fits])
+
+
+def test_a_part_of_a_node_may_need_the_whole():
+    with pytest.raises(ConfigError, match=r"or 8 GPUs \(--gpus\)"):
+        make_plan(replace(JOBS["7b"], world=1), H100)
 
 
 @pytest.mark.parametrize(
