@@ -26,7 +26,7 @@ from nemo_kto.errors import KTOError, StoppedEarlyError
 from nemo_kto.parents import follow_parent
 from nemo_kto.peers import end_if_blocked, is_loss, lost_contact, report_with, tell_others
 
-VERBS = ("prepare", "cache-reference", "train", "score", "convert", "report")
+VERBS = ("prepare", "cache-reference", "train", "score", "convert", "plan", "report")
 
 EXAMPLE = """\
 example:
