@@ -25,6 +25,7 @@ FLOORS = {
     "checkpoint": 4,
     "reference": 4,
     "training": 5,
+    "doctor": 5,
     "cli": 6,
 }
 
