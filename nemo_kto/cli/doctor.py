@@ -72,11 +72,13 @@ def _look(args: argparse.Namespace, world: World) -> list[Finding]:
     from nemo_kto.doctor import collective, launching, limits, machine, output, packages
 
     own = limits.probe(world.size)
-    found = [launching.probe(), packages.probe(), *machine.probe(), launching.interfaces(), own]
+    imported, topics = packages.probe()
+    devices = machine.devices(topics["torch"], topics["devices"])
+    acceleration = machine.acceleration(topics["megatron"], topics["network"])
+    found = [launching.probe(), imported, devices, acceleration, launching.interfaces(), own]
     found.append(output.probe(args.output or _DEFAULT_OUTPUT, asked=args.output is not None))
     if args.collective:
-        gpus = len(next(finding for finding in found if finding.name == "devices").facts["gpus"])
-        found.append(collective.probe(world, gpus, args.timeout, _about(own)))
+        found.append(collective.probe(world, len(devices.facts["gpus"]), args.timeout, _about(own)))
     return found
 
 
@@ -84,8 +86,7 @@ def _as_another_rank(args: argparse.Namespace, world: World) -> int:
     """Take part, and report to rank 0 through the exchange itself; speak only where that has failed."""
     from nemo_kto.doctor import collective, findings, limits, machine
 
-    devices, _ = machine.probe()
-    found = collective.probe(world, len(devices.facts["gpus"]), args.timeout, _about(limits.probe(world.size)))
+    found = collective.probe(world, machine.count_gpus(), args.timeout, _about(limits.probe(world.size)))
     if not found.facts["ok"]:
         raise ConfigError(f"doctor: {'; '.join(problem.what for problem in found.problems)}")
     return findings.exit_code([found])

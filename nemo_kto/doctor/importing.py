@@ -8,9 +8,12 @@ import time
 
 from nemo_kto.doctor.children import reason, voice
 
+_INSPECTION = "inspection"
+
 
 def main(modules: list[str]) -> None:
-    """Say ``begins`` and then ``version`` or ``error`` of each."""
+    """Say ``begins`` and then ``version`` or ``error`` of each; then, as they are imported, what they would do."""
+    from nemo_kto.doctor import inspecting
     from nemo_kto.quiet import quiet
 
     say = voice()
@@ -26,6 +29,8 @@ def main(modules: list[str]) -> None:
             continue
         version = getattr(module, "__version__", None)
         say(module=name, version=None if version is None else str(version), seconds=time.monotonic() - began)
+    say(module=_INSPECTION, begins=True)
+    inspecting.answer(say, inspecting.TOPICS)
 
 
 def _prepare(name: str) -> None:

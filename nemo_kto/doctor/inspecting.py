@@ -1,20 +1,18 @@
-"""In a process of its own: asks torch and Megatron what they see and what they would use."""
+"""In a process of its own: asks torch and Megatron what they see and what they would use.
+
+As a program it asks for the devices alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nemo_kto.doctor.children import reason, voice
 
 
-def main() -> None:
+def answer(say: voice, topics: Sequence[Callable[[], dict[str, Any]]]) -> None:
     """Say ``topic`` with its facts or its error, for each topic."""
-    from nemo_kto.quiet import quiet
-
-    say = voice()
-    quiet()
-    topics: tuple[Callable[[], dict[str, Any]], ...] = (_torch, _devices, _megatron, _network)
     for topic in topics:
         name = topic.__name__[1:]
         try:
@@ -112,5 +110,8 @@ def _network() -> dict[str, Any]:
     }
 
 
+TOPICS = (_torch, _devices, _megatron, _network)
+
+
 if __name__ == "__main__":
-    main()
+    answer(voice(), TOPICS[:2])

@@ -124,7 +124,7 @@ def _judge_interfaces(finding: Finding, here: list[network.Interface], gloo: str
             return
         finding.wrong(
             f"this host's name means loopback, so gloo would take {gloo}",
-            "other nodes could not reach it; a training sets GLOO_SOCKET_IFNAME itself where the way to rank 0 is clear",
+            "other nodes could not reach it; a training sets GLOO_SOCKET_IFNAME where the way to rank 0 is clear",
             f"export GLOO_SOCKET_IFNAME={out[0]}",
         )
 

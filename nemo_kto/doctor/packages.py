@@ -25,6 +25,7 @@ class Package:
     required: bool = True
 
 
+TOPICS = ("torch", "devices", "megatron", "network")
 PACKAGES = (
     Package("torch", "torch", "torch"),
     Package("Megatron-Core", "megatron-core", "megatron.core.parallel_state"),
@@ -42,12 +43,16 @@ PACKAGES = (
 )
 
 
-def probe(seconds: float = IMPORT_S) -> Finding:
-    """Import everything that a training imports, in another process, and compare versions with what is declared."""
+def probe(seconds: float = IMPORT_S) -> tuple[Finding, dict[str, dict[str, Any]]]:
+    """Import everything that a training imports, in another process, and compare versions with what is declared.
+
+    Returns:
+        What was found; and what torch and Megatron said in that process of themselves, by topic.
+    """
     finding = Finding("packages", "packages")
     installed = {package.distribution: installed_version(package.distribution) for package in PACKAGES}
     wanted = [package for package in PACKAGES if package.required or _is_there(package, installed)]
-    results = _import([package.module for package in wanted], seconds)
+    results, topics = _import([package.module for package in wanted], seconds)
     finding.facts = {"python": platform.python_version()}
     finding.lines.append(f"Python {platform.python_version()}")
     for package in PACKAGES:
@@ -61,7 +66,7 @@ def probe(seconds: float = IMPORT_S) -> Finding:
         _line(finding, package, version, result)
     _judge_apex(finding, installed["apex"])
     _judge_versions(finding)
-    return finding
+    return finding, topics
 
 
 def installed_version(distribution: str) -> str | None:
@@ -77,24 +82,31 @@ def _is_there(package: Package, installed: dict[str, str | None]) -> bool:
     return installed[package.distribution] is not None or package.distribution in ("apex", "transformer_engine")
 
 
-def _import(modules: list[str], seconds: float) -> dict[str, dict[str, Any]]:
-    """The result of each. One that ends the process is blamed, and those after it are tried in a new one."""
+def _import(modules: list[str], seconds: float) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The result of each, and of each topic. One that ends the process is blamed; the rest is tried in a new one."""
     results: dict[str, dict[str, Any]] = {}
+    topics: dict[str, dict[str, Any]] = {}
+    how = ""
     deadline = time.monotonic() + seconds
     while left := [module for module in modules if module not in results]:
         current = left[0]
         with Child("nemo_kto.doctor.importing", *left) as child:
             for answer in child.answers(deadline - time.monotonic()):
+                if "topic" in answer:
+                    topics[answer.pop("topic")] = answer
+                    continue
                 current = answer["module"]
                 if "begins" not in answer:
                     results[current] = answer
             how = child.end()
-        if current not in results:
+        if current in modules and current not in results:
             results[current] = {"error": how or "its process ended"}
         if child.timed_out:
             for module in left:
                 results.setdefault(module, {"error": f"not tried: {current} took all of {seconds:.0f} s"})
-    return results
+    for topic in TOPICS:
+        topics.setdefault(topic, {"error": how or "no answer"})
+    return results, topics
 
 
 def _line(finding: Finding, package: Package, version: str | None, result: dict[str, Any]) -> None:

@@ -104,6 +104,7 @@ def test_a_machine_with_everything_broken_is_a_report(tmp_path):
     assert {"packages", "launcher", "limits", "output"} <= blocking
 
 
+@pytest.mark.slow
 def test_a_broken_torch_is_a_report(tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('libcudart.so.12: cannot open shared object')")
@@ -115,6 +116,7 @@ def test_a_broken_torch_is_a_report(tmp_path):
     assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_another_user_in_a_directory_that_it_cannot_write_to(tmp_path):
     """As in a container that runs as nobody: the default place is no reason to fail, a named one is."""
@@ -130,6 +132,7 @@ def test_another_user_in_a_directory_that_it_cannot_write_to(tmp_path):
     assert [problem["probe"] for problem in report["problems"] if problem["blocks"]] == ["output"]
 
 
+@pytest.mark.slow
 def test_all_ranks_of_a_job(tmp_path):
     """Rank 0 speaks, and nobody else."""
     done = _doctor(tmp_path, "--json", "--collective", command=(*TORCHRUN, "-m", "nemo_kto.cli.main", "doctor"))
@@ -140,6 +143,7 @@ def test_all_ranks_of_a_job(tmp_path):
     assert report["probes"]["launcher"]["world"]["launcher"] == "torchrun"
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_is_reported_in_time(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -160,6 +164,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_reported_in_time(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -129,9 +129,9 @@ def imported(monkeypatch):
             for package in packages.PACKAGES
             if not package.required
         }
-        monkeypatch.setattr(packages, "_import", lambda *_: default | missing | results)
+        monkeypatch.setattr(packages, "_import", lambda *_: (default | missing | results, {}))
         monkeypatch.setattr(packages, "installed_version", lambda name: installed.get(name))
-        return packages.probe()
+        return packages.probe()[0]
 
     return look
 
