@@ -54,10 +54,8 @@ def test_no_group_waits_longer_than_it_is_told():
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     for found in run_ranks(2, _timeouts, port):
-        waits = found.pop("cpu")
-        assert found == {}
-        assert len(waits) > 10, "Megatron's groups are missing"
-        assert set(waits) == {7 * 60.0}
+        assert len(found["cpu"]) > 10, "Megatron's groups are missing"
+        assert {wait for waits in found.values() for wait in waits} == {7 * 60.0}
 
 
 def test_a_job_can_be_joined_again_after_leaving_it():
