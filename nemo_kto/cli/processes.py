@@ -25,7 +25,7 @@ from nemo_kto.parents import STARTED_BY
 
 _ERROR_FILE = "NEMO_KTO_ERROR_FILE"
 _POLL_S = 0.05
-_TELL_S = 40.0  # another rank may still be importing what it trains with
+_TELL_S = 45.0  # another rank may still be importing what it trains with
 _GRACE_S = 25.0
 """Once a rank has failed, how long the others may take to end. Ranks that stop together have saved before any ends."""
 

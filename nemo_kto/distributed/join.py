@@ -141,7 +141,8 @@ def tell_waiting(world: World, message: str, patience: timedelta) -> None:
     """Tell ranks that wait in :func:`join` that this one has failed before it came there.
 
     Where no launcher serves the store, rank 0 does, until all others have looked; others wait until rank 0 serves.
-    Gives up silently: the launcher, or the others' own patience, is then what ends them.
+    In a job of several nodes every such rank stays until then: the agent that it belongs to may hold the store, and
+    ends with it. Gives up silently: the launcher, or the others' own patience, is then what ends them.
 
     Args:
         world: this process among all of the job.
@@ -155,7 +156,7 @@ def tell_waiting(world: World, message: str, patience: timedelta) -> None:
         early = PrefixStore(_EARLY, meeting_store(world, deadline, patience))
         early.compare_set("failed", "", f"rank {world.rank} failed: {message}")
         told = early.add("told", 1)
-        while serves(world) and told < world.size and time.monotonic() < deadline:
+        while (serves(world) or world.num_nodes > 1) and told < world.size and time.monotonic() < deadline:
             pause()
             told = early.add("told", 0)
 
