@@ -31,7 +31,7 @@ class Interface:
 
 def interfaces() -> list[Interface]:
     """Those of this machine, or of its container, that are up and have an IP address."""
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     stats = psutil.net_if_stats()
     found = []
