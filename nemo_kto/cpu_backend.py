@@ -52,6 +52,11 @@ def install() -> bool:
     return True
 
 
+def patched_names() -> list[str]:
+    """What :func:`install` replaces, for people to read."""
+    return ["device names in megatron.core", *(f"torch.cuda.{name}" for name in _stand_ins()), "torch.Tensor.cuda"]
+
+
 def _keep_freed_memory() -> None:
     """Let glibc keep what a step frees for the next one.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 import torch.distributed as dist
 
 from nemo_kto import cpu_backend, peers
-from nemo_kto.config.world import world_from_environment
+from nemo_kto.config.network import GLOO_INTERFACE, NCCL_INTERFACE
+from nemo_kto.config.world import World, world_from_environment
 from nemo_kto.distributed import groups
-from nemo_kto.distributed.join import DEFAULT_TIMEOUTS, Timeouts, join
+from nemo_kto.distributed.join import DEFAULT_TIMEOUTS, Timeouts, join, seats
 from nemo_kto.errors import ConfigError
 
 
@@ -32,7 +34,7 @@ def start(
     Raises:
         ConfigError: the world size is not a multiple of TP x PP, or ranks are missing.
     """
-    on_cpu = cpu_backend.install()
+    cpu_backend.install()
     world = world_from_environment()
     model_size = tensor_parallel * pipeline_parallel
     if world.size % model_size:
@@ -40,15 +42,43 @@ def start(
             f"world size {world.size} is not a multiple of tensor_parallel {tensor_parallel} x "
             f"pipeline_parallel {pipeline_parallel} = {model_size}: start a multiple of {model_size} processes"
         )
+    device = enter(world, timeouts)
+    laid_out = groups.initialize(tensor_parallel, pipeline_parallel, device, timeouts.collective)
+    seed_megatron(seed)
+    return laid_out
+
+
+def enter(world: World, timeouts: Timeouts) -> torch.device:
+    """Take this rank's device and join the job: gloo and CPU without CUDA, NCCL with it.
+
+    Raises:
+        ConfigError: ranks are missing, or cannot meet.
+    """
+    on_cpu = cpu_backend.install()
     device = torch.device("cpu")
     if not on_cpu:
         # a launcher may show each process one device only
         device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     join(world, "gloo" if on_cpu else "nccl", timeouts)
-    laid_out = groups.initialize(tensor_parallel, pipeline_parallel, device, timeouts.collective)
-    seed_megatron(seed)
-    return laid_out
+    return device
+
+
+def hosts() -> list[str]:
+    """The host of each rank, on rank 0 of a job that has been joined."""
+    return [seat.host for seat in seats()]
+
+
+def channel() -> str:
+    """How the ranks talk: backend, and interface or interfaces, for people to read. On rank 0."""
+    backend = dist.get_backend()
+    if dist.get_world_size() == 1:
+        return f"{backend}, no network"
+    names = sorted({seat.interface for seat in seats()} - {""})
+    if not names:
+        return f"{backend}, which chooses its interface"
+    variable = GLOO_INTERFACE if backend == "gloo" else NCCL_INTERFACE
+    return f"{backend} over {', '.join(names)}" + (f" ({variable})" if os.environ.get(variable) else "")
 
 
 def seed_megatron(seed: int) -> None:

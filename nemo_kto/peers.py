@@ -18,6 +18,7 @@ from typing import Protocol
 from nemo_kto.errors import KTOError, LostContactError
 
 _LOOK_S = 1.0
+_HEAR_S = 3.0  # of a rank that was killed there is nothing to hear
 _LEAVE_S = 10.0  # a store whose server has gone answers with an error, sooner or later
 GRACE_S = 12.0
 """Seconds that a rank gets to end by itself once another has failed: all ranks may be raising the same error."""
@@ -50,6 +51,8 @@ _left = threading.Event()
 _thread: threading.Thread | None = None
 _blocked: list[threading.Thread] = []
 _report: list[Callable[[KTOError], None]] = []
+_failed = ""
+_heard = threading.Event()
 
 
 def report_with(report: Callable[[KTOError], None]) -> None:
@@ -68,11 +71,23 @@ def is_loss(error: BaseException) -> bool:
 
 
 def lost_contact(error: BaseException) -> LostContactError:
-    """The one line that stands for such an error."""
+    """What to tell the user about such an error: the lost rank's own words, where it had any.
+
+    A rank tells the others before it closes its connections; the thread that looks there needs a moment to read it.
+    """
+    if _thread is not None and _thread.is_alive() and threading.current_thread() is not _thread:
+        _heard.wait(_HEAR_S)
+    if _failed:
+        return LostContactError(f"{_failed.rstrip('.')}; this rank lost contact with it ({_reason(error)})")
     return LostContactError(
         f"lost contact with another rank ({_reason(error)}): its own log says why; a training goes on from its newest "
         "checkpoint with the same command"
     )
+
+
+def failed_elsewhere(message: str) -> LostContactError:
+    """What to tell the user where another rank has failed before it joined this one."""
+    return LostContactError(f"{message.rstrip('.')}; this rank was waiting for it to join")
 
 
 def watch(store: Store, rank: int) -> None:
@@ -82,8 +97,9 @@ def watch(store: Store, rank: int) -> None:
         store: a connection that nothing else uses.
         rank: of this process.
     """
-    global _watched, _rank, _left, _thread
-    _watched, _rank, _left = store, rank, threading.Event()
+    global _watched, _rank, _left, _thread, _failed
+    _watched, _rank, _left, _failed = store, rank, threading.Event(), ""
+    _heard.clear()
     _thread = threading.Thread(target=_look, args=(store, _left), daemon=True, name="peers")
     _thread.start()
     # An interpreter that ends while a thread is inside the store aborts: torch cannot take the lock back there.
@@ -127,11 +143,13 @@ def tell_others(message: str) -> None:
 
 
 def _look(store: Store, left: threading.Event) -> None:
+    global _failed
     while not left.wait(_LOOK_S):
         try:
             if not store.check(["first"]):
                 continue
-            failed = store.get("first").decode()
+            failed = _failed = store.get("first").decode()
+            _heard.set()
         except RuntimeError:
             if left.wait(_LOOK_S):
                 return  # the job has just ended

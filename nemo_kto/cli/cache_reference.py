@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     found = world_from_environment()
     world = train.intended_world(config, found)
-    check(config, world.size)
+    check(config, world.size, world.num_nodes)
     config = unpacked_run(config)
     train.check_model(config)
     data = train.read_data(config)
@@ -65,22 +65,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fill(config: Config, data: RunData, world: World) -> int:
-    from datetime import timedelta
-
     from nemo_kto import cpu_backend
 
     train.prepare_device(config, on_cpu=cpu_backend.install())
-    from nemo_kto.distributed.join import Timeouts
     from nemo_kto.launch import shutdown, start
     from nemo_kto.training.policy import PolicyBuilder
     from nemo_kto.training.reference_cache import fill
 
-    model, trainer = config.model, config.trainer
-    timeouts = Timeouts(
-        timedelta(minutes=trainer.join_timeout_minutes), timedelta(minutes=trainer.distributed_timeout_minutes)
-    )
+    model = config.model
     groups = start(
-        model.tensor_model_parallel_size, model.pipeline_model_parallel_size, seed=model.seed, timeouts=timeouts
+        model.tensor_model_parallel_size,
+        model.pipeline_model_parallel_size,
+        seed=model.seed,
+        timeouts=train.timeouts_of(config),
     )
     cache, columns = PolicyBuilder(config, groups, fitting=False).reference_alone()
     progress = _Progress(enabled=world.rank == 0)

@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from nemo_kto import __version__
-from nemo_kto.cli.processes import tell
-from nemo_kto.errors import KTOError, StoppedEarlyError
+from nemo_kto.cli.processes import tell, tell_torchrun, tell_waiting_ranks
+from nemo_kto.errors import KTOError, LostContactError, StoppedEarlyError
 from nemo_kto.parents import follow_parent
 from nemo_kto.peers import end_if_blocked, is_loss, lost_contact, report_with, tell_others
 
-VERBS = ("prepare", "cache-reference", "train", "score", "convert", "plan", "report")
+VERBS = ("prepare", "cache-reference", "train", "score", "convert", "report", "plan", "doctor")
+_TOGETHER = ("cache-reference", "train", "score")
+"""Verbs that a launcher starts on all ranks of a job, which then join."""
 
 EXAMPLE = """\
 example:
@@ -113,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = module.run(options)
     except KTOError as error:
-        return _end(error)
+        return _end(error, verb)
     except KeyboardInterrupt:
         tell_others("interrupted")
         print("interrupted", file=sys.stderr)
@@ -121,19 +123,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         if is_loss(error):
-            return _end(lost_contact(error))
-        tell_others(f"{type(error).__name__}: {error}")
+            return _end(lost_contact(error), verb)
+        said = f"{type(error).__name__}: {error}"
+        tell_torchrun(said)
+        tell_others(said)
+        if verb in _TOGETHER:
+            tell_waiting_ranks(said)
         raise
     return code
 
 
-def _end(error: KTOError) -> int:
+def _end(error: KTOError, verb: str) -> int:
     """Say it here, and to the other ranks unless they end for the same reason; the exit code."""
     if os.environ.get("NEMO_KTO_TRACEBACK") == "1":
         traceback.print_exc()
     tell(error)
     if not isinstance(error, StoppedEarlyError):
         tell_others(str(error))
+        if verb in _TOGETHER and not isinstance(error, LostContactError):
+            tell_waiting_ranks(str(error))
     end_if_blocked(error.exit_code)
     return error.exit_code
 

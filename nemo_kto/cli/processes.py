@@ -13,17 +13,19 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from nemo_kto import interrupts
-from nemo_kto.config.world import LISTEN_FD
+from nemo_kto.config.world import LISTEN_FD, world_from_environment
 from nemo_kto.errors import KTOError, LostContactError, StoppedEarlyError
 from nemo_kto.parents import STARTED_BY
 
 _ERROR_FILE = "NEMO_KTO_ERROR_FILE"
 _POLL_S = 0.05
+_TELL_S = 45.0  # another rank may still be importing what it trains with
 _GRACE_S = 25.0
 """Once a rank has failed, how long the others may take to end. Ranks that stop together have saved before any ends."""
 
@@ -60,11 +62,38 @@ def tell(error: KTOError) -> None:
     file = os.environ.get(_ERROR_FILE)
     if file is None:
         print(f"error: {error}", file=sys.stderr)
+        tell_torchrun(str(error))
         return
     report = {"message": str(error), "time": time.time(), "is_loss": isinstance(error, LostContactError)}
     draft = Path(f"{file}.{os.getpid()}")
     draft.write_text(json.dumps(report), encoding="utf-8")
     draft.rename(file)
+
+
+def tell_torchrun(message: str) -> None:
+    """Leave a failure where torchrun looks for it: its report on the job, which comes last, then quotes it."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        with suppress(OSError):
+            extra = {"timestamp": str(int(time.time()))}  # torchrun takes the earliest for the cause
+            Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}), encoding="utf-8")
+
+
+def tell_waiting_ranks(message: str) -> None:
+    """Where this is one of several ranks that a launcher has started, tell those that wait for it to join.
+
+    Says it before torch is imported for it, so that what this process has printed does not wait. Those that
+    ``run_processes`` has started are ended by it.
+    """
+    with suppress(KTOError):
+        world = world_from_environment()
+        if world.size == 1 or STARTED_BY in os.environ:
+            return
+        sys.stdout.flush()
+        sys.stderr.flush()
+        from nemo_kto.distributed.join import tell_waiting
+
+        tell_waiting(world, message, timedelta(seconds=_TELL_S))
 
 
 @dataclass

@@ -10,17 +10,19 @@ import argparse
 import logging
 import os
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_kto import interrupts
 from nemo_kto.cli.processes import run_processes
-from nemo_kto.config.world import World, world_from_environment
+from nemo_kto.config.world import World, unused_tasks, world_from_environment
 from nemo_kto.errors import ConfigError
 
 if TYPE_CHECKING:
     from nemo_kto.config.architecture import Architecture
     from nemo_kto.config.schema import Config
+    from nemo_kto.distributed.join import Timeouts
     from nemo_kto.training.run_data import RunData
 
 logger = logging.getLogger(__name__)
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     found = world_from_environment()
     world = intended_world(config, found)
-    check(config, world.size)
+    check(config, world.size, world.num_nodes)
     config = unpacked_run(config)
     check_model(config)
     _check_places(config)
@@ -68,8 +70,9 @@ def run(args: argparse.Namespace) -> int:
     notes = check_resume(config, data.identity)
     if world.size > 1 and not found.launched:
         return run_processes(world.size, ["train", *own_yaml(args), *args.overrides])
-    for note in notes:
-        logger.warning("%s", note)
+    for note in (*notes, unused_tasks(world)):
+        if note is not None:
+            logger.warning("%s", note)
     return _train(config, data, world)
 
 
@@ -195,11 +198,13 @@ def _train(config: Config, data: RunData, world: World) -> int:
 
     prepare_device(config, on_cpu=cpu_backend.install())
     quiet_nemo()
-    if world.rank == 0:
-        _announce(config, data, world)
-    from nemo_kto.launch import shutdown
+    from nemo_kto.launch import enter, shutdown
     from nemo_kto.training.trainer import fit
 
+    enter(world, timeouts_of(config))
+    if world.rank == 0:
+        _announce_world(config, world)
+        _announce(config, data)
     newest = fit(config, data, world)
     if world.rank == 0:
         print(f"done: {data.total_steps} steps, {newest or 'no checkpoint (exp_manager.create_checkpoint_callback)'}")
@@ -221,13 +226,41 @@ def prepare_device(config: Config, *, on_cpu: bool) -> None:
         raise ConfigError("trainer.accelerator=cpu, but torch sees CUDA devices: also set CUDA_VISIBLE_DEVICES=''")
 
 
-def _announce(config: Config, data: RunData, world: World) -> None:
+def timeouts_of(config: Config) -> Timeouts:
+    """How long this run's ranks wait for each other."""
+    from nemo_kto.distributed.join import Timeouts
+
+    return Timeouts(
+        timedelta(minutes=config.trainer.join_timeout_minutes),
+        timedelta(minutes=config.trainer.distributed_timeout_minutes),
+    )
+
+
+def _announce_world(config: Config, world: World) -> None:
+    """One line, and a warning where the busiest groups have to talk over the network."""
+    from nemo_kto.config.placement import describe, split_tensor_groups
+    from nemo_kto.launch import channel, hosts
+
+    tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
+    print(describe(world, tp, pp, hosts(), channel()))
+    split = split_tensor_groups(tp, hosts())
+    if split:
+        logger.warning(
+            "%d of %d tensor-parallel groups have ranks on several hosts, where every layer waits for the network: "
+            "keep model.tensor_model_parallel_size=%d within the %d processes of a node, and under srun use "
+            "--distribution=block",
+            split,
+            world.size // tp,
+            tp,
+            world.local_size,
+        )
+
+
+def _announce(config: Config, data: RunData) -> None:
     from nemo_kto.config.lora import rate_warning
     from nemo_kto.data.datamodule import warn_of_imbalance
 
     model = config.model
-    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    print(f"world {world.size} = TP {tp} x PP {pp} x DP {world.size // (tp * pp)} on {world.num_nodes} node(s)")
     print(f"training data: {data.train_summary.describe()}")
     if data.validation_summary is not None:
         print(f"validation data: {data.validation_summary.describe()}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_kto.config.architecture import Architecture
 from nemo_kto.config.archives import is_archive
+from nemo_kto.config.layout import world_problems
 from nemo_kto.config.lora import problems as peft_problems
 from nemo_kto.config.reference import problems as reference_problems
 from nemo_kto.config.reference_cache import problems as cache_problems
@@ -31,8 +32,8 @@ MONITORS = (
 )
 
 
-def check(config: Config, world_size: int) -> None:
-    """Refuse a config that cannot do what it says on ``world_size`` ranks.
+def check(config: Config, world_size: int, nodes: int = 1) -> None:
+    """Refuse a config that cannot do what it says on ``world_size`` ranks, spread evenly over ``nodes``.
 
     Raises:
         ConfigError: lists every problem found, one per line, each naming its key and the fix.
@@ -46,7 +47,7 @@ def check(config: Config, world_size: int) -> None:
         *_objective(config.model.kto),
         *_optimizer(config.model.optim),
         *_data(config.model),
-        *_layout(config.model, world_size),
+        *world_problems(config.model, world_size, nodes),
         *_paths(config),
         *cache_problems(config),
         *peft_problems(config.model, config.pretrained_checkpoint.restore_from_path),
@@ -258,26 +259,6 @@ def _data(model: ModelConfig) -> Iterator[str]:
         yield (
             f"model.data.seq_length={data.seq_length} is not a multiple of model.tensor_model_parallel_size="
             f"{model.tensor_model_parallel_size}, which model.sequence_parallel needs"
-        )
-
-
-def _layout(model: ModelConfig, world_size: int) -> Iterator[str]:
-    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    if tp < 1 or pp < 1 or model.micro_batch_size < 1:
-        return
-    if model.sequence_parallel and tp == 1:
-        yield "model.sequence_parallel=true needs model.tensor_model_parallel_size above 1"
-    if world_size % (tp * pp):
-        yield (
-            f"world size {world_size} is not a multiple of model.tensor_model_parallel_size {tp} x "
-            f"model.pipeline_model_parallel_size {pp} = {tp * pp}: start a multiple of {tp * pp} processes"
-        )
-        return
-    dp = world_size // (tp * pp)
-    if model.global_batch_size % (model.micro_batch_size * dp):
-        yield (
-            f"model.global_batch_size {model.global_batch_size} is not a multiple of model.micro_batch_size "
-            f"{model.micro_batch_size} x data_parallel {dp} (world {world_size} / (TP {tp} x PP {pp}))"
         )
 
 

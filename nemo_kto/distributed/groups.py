@@ -77,6 +77,9 @@ def initialize(
         pipeline_parallel,
         distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
     )
+    # Megatron rounds to minutes, and forgets one of its groups (the gloo one of expert data parallelism)
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
     return current(device)
 
 

@@ -1,4 +1,4 @@
-"""Tells Lightning what the launcher has started. Starts nothing."""
+"""Tells Lightning which processes there are. Starts nothing."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from nemo_kto.config.world import World, meeting_point
 
 
 class LaunchedEnvironment(ClusterEnvironment):
-    """Lightning's view of a job that a launcher has started: what :class:`World` read, and nothing guessed anew.
+    """Lightning's view of a job: what :class:`World` read, and nothing guessed anew.
 
-    Lightning's own detection refuses plain ``srun -n``, and takes a Slurm job named "interactive" for one process.
+    Lightning's own detection refuses plain ``srun -n`` and a batch script of a job of several tasks, and takes a Slurm
+    job named "interactive" for one process.
 
     Args:
         world: this process among all of the job.
@@ -22,7 +23,7 @@ class LaunchedEnvironment(ClusterEnvironment):
 
     @property
     def creates_processes_externally(self) -> bool:
-        """The launcher has started every process."""
+        """All processes of the job are there: Lightning is to start none."""
         return True
 
     @property

@@ -53,8 +53,7 @@ class MegatronStrategy(DDPStrategy):
         asynchronous_save: bool = False,
         timeouts: Timeouts = DEFAULT_TIMEOUTS,
     ) -> None:
-        environment = LaunchedEnvironment(world) if world.launched else None
-        super().__init__(timeout=timeouts.collective, cluster_environment=environment)
+        super().__init__(timeout=timeouts.collective, cluster_environment=LaunchedEnvironment(world))
         self._world = world
         self._timeouts = timeouts
         self._sizes = (tensor_parallel, pipeline_parallel)
@@ -70,6 +69,13 @@ class MegatronStrategy(DDPStrategy):
         if self._groups is None:
             raise RuntimeError("the strategy has not set up its process groups yet")
         return self._groups
+
+    @property
+    def root_device(self) -> torch.device:
+        """This rank's device: of several visible ones that of its place on the node, else the one it is shown."""
+        devices = self.parallel_devices
+        assert devices
+        return devices[self.local_rank % len(devices)]
 
     def setup_distributed(self) -> None:
         """Join the job, lay out Megatron's groups, seed its random streams."""

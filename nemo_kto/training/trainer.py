@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from nemo_kto.checkpoint.retention import Retention
@@ -94,7 +95,7 @@ def build_trainer(config: Config, data: RunData, world: World) -> pl.Trainer:
             ),
         ),
         accelerator=config.trainer.accelerator,
-        devices=world.local_size,
+        devices=_devices(world),
         num_nodes=world.num_nodes,
         precision="32-true",  # Megatron's own wrapper holds the bf16 weights
         logger=loggers(exp),
@@ -112,6 +113,11 @@ def build_trainer(config: Config, data: RunData, world: World) -> pl.Trainer:
     )
     trainer.fit_loop.epoch_loop = _StepLoop(trainer, max_steps=data.total_steps)
     return trainer
+
+
+def _devices(world: World) -> int:
+    """Devices that Lightning may take for granted: a launcher may show each process its own GPU only."""
+    return min(world.local_size, torch.cuda.device_count()) if torch.cuda.is_available() else world.local_size
 
 
 def _keeper(exp: ExpManagerConfig, loop: KTOLoopConfig) -> CheckpointKeeper | None:

@@ -71,12 +71,22 @@ class LiveRun:
     @property
     def ranks(self) -> list[int]:
         """The process of each rank."""
+        found = self._by_rank
+        return [found[rank] for rank in sorted(found)]
+
+    @property
+    def rank_numbers(self) -> list[int]:
+        """Which ranks these are."""
+        return sorted(self._by_rank)
+
+    @property
+    def _by_rank(self) -> dict[int, int]:
         found = {}
         for pid in self.processes:
             words = dict(word.partition(b"=")[::2] for word in _environment(pid).split(b"\0"))
             if b"RANK" in words and _parent(pid) == self.process.pid:
                 found[int(words[b"RANK"])] = pid
-        return [found[rank] for rank in sorted(found)]
+        return found
 
     @property
     def log(self) -> str:

@@ -94,5 +94,8 @@ def test_nothing_heavy_is_imported_for_a_config_error(here):
 def test_a_world_of_the_wrong_size_is_said_before_it_starts(here):
     done = _process(["trainer.devices=2", f"{TP}=4"], here)
     assert (done.returncode, done.stdout) == (CONFIG, "")
-    said = f"error: world size 2 is not a multiple of {TP} 4 x {PP} 1 = 4: start a multiple of 4 processes"
+    said = (
+        f"error: world size 2 is not a multiple of {TP} 4 x {PP} 1 = 4: start a multiple of 4 processes, or make "
+        "TP x PP one of 1, 2 (world 2 = 1 node x 2)"
+    )
     assert done.stderr.splitlines() == [said]

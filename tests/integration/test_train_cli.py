@@ -62,7 +62,11 @@ def test_what_a_user_sees_is_ours(whole):
     """No line of Megatron, NeMo, Lightning or torch."""
     steps = [f"step {step}/8" for step in (1, 2, 3, 8)]
     expected = {
-        *("world 1 = TP 1 x PP 1 x DP 1 on 1 node(s)", "training data: 22 rows", "validation data: 6 rows"),
+        *(
+            "world 1 = 1 node x 1 (alone), TP 1 x PP 1 x DP 1; rank 0 ",
+            "training data: 22 rows",
+            "validation data: 6 rows",
+        ),
         *("8 steps of 4 samples, 5 per epoch, 2 rows left over in each", "done: 8 steps, whole/checkpoints"),
         *(
             "next: nemo-kto convert megatron-to-hf --input whole/",
@@ -108,7 +112,8 @@ def test_the_best_and_the_two_newest_checkpoints_stay(watched, unwatched):
 
 
 def test_two_processes_of_its_own(two):
-    assert two.stdout.startswith("world 2 = TP 2 x PP 1 x DP 1 on 1 node(s)\n")
+    assert two.stdout.startswith("world 2 = 1 node x 2 (nemo-kto), TP 2 x PP 1 x DP 1; ranks 0-1 ")
+    assert "; gloo over " in two.stdout.splitlines()[0]
     assert [line["step"] for line in two.training] == [1, 2, 3]
     assert [line["step"] for line in two.validation] == [2], "half of 5 steps, rounded down"
     ours = ("step ", "info: ")
@@ -125,7 +130,7 @@ def test_the_reference_may_be_another_model(two, whole):
 
 
 def test_torchrun_trains_the_same(launched, whole):
-    assert launched.stdout.startswith("world 2 = TP 1 x PP 1 x DP 2 on 1 node(s)\n")
+    assert launched.stdout.startswith("world 2 = 1 node x 2 (torchrun), TP 1 x PP 1 x DP 2; ranks 0-1 ")
     assert len(launched.training) == 4
     for found, expected in zip(launched.training, whole.training, strict=False):
         assert found["loss"] == pytest.approx(expected["loss"], rel=LOSS)

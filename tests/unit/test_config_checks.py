@@ -155,11 +155,17 @@ CASES = [
     (["model.optim.lr=inf"], 1, "model.optim.lr=inf must be a finite number"),
     # layout
     (["model.sequence_parallel=true"], 1, f"model.sequence_parallel=true needs {TP} above 1"),
-    ([f"{TP}=2", f"{PP}=2"], 6, f"world size 6 is not a multiple of {TP} 2 x {PP} 2 = 4: start a multiple of 4"),
+    (
+        [f"{TP}=2", f"{PP}=2"],
+        6,
+        f"world size 6 is not a multiple of {TP} 2 x {PP} 2 = 4: start a multiple of 4 processes, or make TP x PP one "
+        "of 1, 2, 3, 6 (world 6 = 1 node x 6)",
+    ),
     (
         ["model.micro_batch_size=3"],
         8,
-        "model.global_batch_size 64 is not a multiple of model.micro_batch_size 3 x data_parallel 8",
+        "model.global_batch_size 64 is not a multiple of model.micro_batch_size 3 x data_parallel 8 "
+        "(world 8 / (TP 1 x PP 1)) = 24: take 48 or 72",
     ),
     # paths
     (["model.kto.reference_from_path=/no/where"], 1, "model.kto.reference_from_path=/no/where does not exist"),

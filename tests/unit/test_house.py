@@ -26,6 +26,7 @@ FLOORS = {
     "reference": 4,
     "training": 5,
     "planning": 5,
+    "doctor": 5,
     "cli": 6,
 }
 

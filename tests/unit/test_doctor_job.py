@@ -1,0 +1,104 @@
+"""What the doctor makes of a job: its launcher, its network, and what its ranks report."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from nemo_kto.config.world import World
+from nemo_kto.doctor import collective, launching
+from nemo_kto.doctor.findings import Finding
+
+
+def _said(finding: Finding) -> str:
+    return "\n".join(f"{'BLOCKS ' * problem.blocks}{problem.what} | {problem.fix}" for problem in finding.problems)
+
+
+# --- launcher and network
+
+
+def test_the_launchers_environment_holds_no_secrets(monkeypatch):
+    monkeypatch.setenv("SLURM_JWT", "secret")
+    monkeypatch.setenv("NCCL_API_TOKEN", "secret")
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    finding = launching.probe()
+    assert finding.facts["environment"]["NCCL_DEBUG"] == "WARN"
+    assert "secret" not in json.dumps(finding.facts) + "".join(finding.lines)
+
+
+def test_a_contradictory_launcher_blocks(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("RANK", raising=False)
+    assert _said(launching.probe()).startswith("BLOCKS the launcher's environment is refused: WORLD_SIZE=4")
+
+
+def test_an_interface_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "nosuch0")
+    assert "BLOCKS NCCL_SOCKET_IFNAME=nosuch0, and there is no such interface: " in _said(launching.interfaces())
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "^docker")
+    assert "NCCL_SOCKET_IFNAME" not in _said(launching.interfaces())
+
+
+def test_restarts_that_would_fail(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in _said(launching.probe())
+
+
+# --- collectives
+
+
+def _reports(*versions: str) -> list[dict[str, object]]:
+    return [
+        {"rank": rank, "host": f"n{rank}", "versions": {"torch": version}, "problems": []}
+        for rank, version in enumerate(versions)
+    ]
+
+
+def test_hosts_that_differ_are_named():
+    finding = Finding("collective", "")
+    collective._judge_reports(finding, _reports("2.9", "2.9", "2.8"))
+    assert "BLOCKS torch differs between hosts: 2.9 on n0, n1; 2.8 on n2" in _said(finding)
+    same = Finding("collective", "")
+    collective._judge_reports(same, _reports("2.9", "2.9"))
+    assert same.problems == []
+
+
+def test_problems_of_other_hosts_are_told():
+    reports = _reports("2.9", "2.9")
+    reports[1]["problems"] = [{"what": "small /dev/shm", "why": "w", "fix": "f", "blocks": False}]
+    finding = Finding("collective", "")
+    collective._judge_reports(finding, reports)
+    assert _said(finding) == "on n1: small /dev/shm | f"
+
+
+@pytest.mark.parametrize(
+    ("stage", "backend", "fix"),
+    [
+        ("joining", "gloo", "MASTER_ADDR"),
+        ("forming a gloo group", "nccl", "GLOO_SOCKET_IFNAME"),
+        ("all_reduce", "nccl", "NCCL_DEBUG=INFO"),
+        ("importing torch", "nccl", "see packages"),
+    ],
+)
+def test_where_it_failed_says_what_to_mend(stage, backend, fix):
+    ok = {"stage": "leaving", "measured": [], "reports": [], "error": None, "done": True}
+    lost = {**ok, "done": False, "stage": "all_reduce", "error": "RuntimeError: lost contact with another rank"}
+    culprit = {**ok, "done": False, "stage": stage, "error": "its process was ended by SIGABRT"}
+    finding = Finding("collective", "")
+    collective._judge_errors(finding, {0: lost, 1: culprit, 2: ok}, backend)
+    assert len(finding.problems) == 1
+    assert finding.problems[0].what.startswith("rank 1 failed while ")
+    assert fix in finding.problems[0].fix
+
+
+def test_wrong_numbers_block():
+    measured = {"measured": "all_reduce", "latency_s": 1e-5, "seconds": 0.1, "bytes": 2**24, "bytes_per_second": 1e8}
+    outcome = {"stage": "leaving", "reports": [], "error": None, "done": True}
+    finding = Finding("collective", "")
+    collective._judge(
+        finding, {0: {**outcome, "measured": [{**measured, "wrong": True}]}}, "nccl", 8, World(0, 8, 8, True)
+    )
+    assert "BLOCKS all_reduce gave wrong numbers over nccl" in _said(finding)
+    assert "all_reduce: 10 us for 4 bytes, 100.0 ms for 16 MiB (0.10 GB/s)" in finding.lines
