@@ -35,6 +35,10 @@ class StoppedEarlyError(KTOError):
     exit_code = 4
 
 
+class TooManySkipsError(StoppedEarlyError):
+    """Too many steps in a row were not finite. Resumable, but by somebody who has looked, never by a script."""
+
+
 class LostContactError(KTOError):
     """Another rank has gone. Not resumable by itself (exit code 1): whether it is, the other rank's error says.
 

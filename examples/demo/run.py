@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ def shown(path: Path) -> str:
 
 def command_line() -> str:
     """The installed ``nemo-kto``, as the user would type it."""
-    return shown(Path(sys.executable).parent / "nemo-kto")
+    return shown(Path(sysconfig.get_path("scripts")) / "nemo-kto")  # not always beside the interpreter
 
 
 def step(title: str, *command: str) -> None:

@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from nemo_kto import __version__
 from nemo_kto.cli.processes import tell, tell_torchrun, tell_waiting_ranks
-from nemo_kto.errors import KTOError, LostContactError, StoppedEarlyError
+from nemo_kto.errors import KTOError, LostContactError, StoppedEarlyError, TooManySkipsError
 from nemo_kto.parents import follow_parent
 from nemo_kto.peers import end_if_blocked, is_loss, lost_contact, report_with, tell_others
 
@@ -34,7 +34,12 @@ EXAMPLE = """\
 example:
   nemo-kto train pretrained_checkpoint.restore_from_path=MODEL 'model.data.data_prefix.train=[train.jsonl]'
 
-exit codes: 0 done, 1 a bug or a lost rank, 2 config or usage, 3 data or checkpoint, 4 stopped early and resumable"""
+exit codes: 0 done, 1 a bug or a lost rank, 2 config or usage, 3 data or checkpoint, 4 stopped early and resumable
+
+$NEMO_KTO_REQUEUE_FILE: a file that is written where a run was asked to stop and the same command goes on from there"""
+
+REQUEUE_FILE = "NEMO_KTO_REQUEUE_FILE"
+"""Environment variable: what a batch script looks for, since torchrun and srun hide exit code 4."""
 
 
 def _module_name(verb: str) -> str:
@@ -138,12 +143,26 @@ def _end(error: KTOError, verb: str) -> int:
     if os.environ.get("NEMO_KTO_TRACEBACK") == "1":
         traceback.print_exc()
     tell(error)
-    if not isinstance(error, StoppedEarlyError):
+    if isinstance(error, StoppedEarlyError):
+        _ask_for_requeue(error)
+    else:
         tell_others(str(error))
         if verb in _TOGETHER and not isinstance(error, LostContactError):
             tell_waiting_ranks(str(error))
     end_if_blocked(error.exit_code)
     return error.exit_code
+
+
+def _ask_for_requeue(error: StoppedEarlyError) -> None:
+    """Leave word for the script around the job. Every rank does: a launcher may kill the others when one has ended."""
+    file = os.environ.get(REQUEUE_FILE)
+    if not file or isinstance(error, TooManySkipsError):
+        return
+    try:
+        if not Path(file).exists():
+            Path(file).write_text(f"{error}\n", encoding="utf-8")
+    except OSError as problem:
+        print(f"error: {REQUEUE_FILE}={file} cannot be written ({problem.strerror})", file=sys.stderr)
 
 
 follow_parent()  # on import: multiprocessing imports this module in the processes that it starts

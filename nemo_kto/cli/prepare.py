@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 EXAMPLE = """\
 examples:
   nemo-kto prepare --data train.jsonl --tokenizer MODEL
-  nemo-kto prepare --data a.parquet b.jsonl.gz --tokenizer MODEL --seq-length 1024 --out clean.jsonl"""
+  nemo-kto prepare --data a.parquet b.jsonl.gz --tokenizer MODEL --seq-length 1024 --out clean.jsonl
+  nemo-kto prepare --data train.jsonl --tokenizer MODEL --seq-length 1024 --cache-dir CACHE"""
 
 UNLIMITED = 2**31 - 1  # tokens; longer rows exist nowhere
 
@@ -54,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.jsonl",
         help="write the records that training would use, with only prompt, response and preference",
     )
+    parser.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="also fill this token cache (model.data.cache_dir), for training with the same --seq-length, --overlong "
+        "and EOS: it then starts at once",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
@@ -65,10 +72,12 @@ def run(args: argparse.Namespace) -> int:
     from nemo_kto.data.survey import survey
 
     with TemporaryDirectory(prefix="nemo_kto_prepare_") as scratch:
-        store = _tokenise(args, scratch)
+        store = _tokenise(args, scratch, UNLIMITED, "drop")  # uncut: lengths are to be seen as they are
         result = survey(store)
         fates = _fates(store, args)
     written = _write(args, fates) if args.out else None
+    if args.cache_dir is not None:
+        _tokenise(args, args.cache_dir, args.seq_length, args.overlong or "drop")
     if args.json:
         report = {"files": args.data, **asdict(result), **_overlong(fates, args), "advice": result.advice()}
         print(json.dumps({**report, "written": written}, indent=2))
@@ -84,6 +93,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--seq-length {args.seq_length} leaves no room for a prompt and a response: give at least 2"
         )
+    if args.seq_length is None and args.cache_dir is not None:
+        raise ConfigError("--cache-dir holds rows cut to a length: give --seq-length, as model.data.seq_length")
     if not args.out:
         return
     if not args.out.lower().endswith(".jsonl"):
@@ -94,21 +105,21 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--out {args.out}: its directory does not exist; make it, or give another name")
 
 
-def _tokenise(args: argparse.Namespace, scratch: str) -> TokenStore:
-    """All rows, uncut, in a cache of their own: lengths are to be seen as they are."""
+def _tokenise(args: argparse.Namespace, cache_dir: str, seq_length: int, overlong: str) -> TokenStore:
+    """All rows, as training with such settings has them."""
     from nemo_kto.config.schema import DataConfig, DataFilesConfig
     from nemo_kto.data.tokenize import build_store
 
     config = DataConfig(
         data_prefix=DataFilesConfig(args.data, None),
-        seq_length=UNLIMITED,
+        seq_length=seq_length,
         packing=True,
         shuffle=False,
         append_eos=args.append_eos,
-        overlong="drop",
+        overlong=overlong,
         num_workers=0,
         tokenize_workers=None,
-        cache_dir=scratch,
+        cache_dir=cache_dir,
     )
     return build_store(args.data, args.tokenizer, config)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_kto.errors import StoppedEarlyError
+from nemo_kto.errors import TooManySkipsError
 from nemo_kto.training.metrics import MetricsFile
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class SkippedSteps:
             writes: whether this rank writes files.
 
         Raises:
-            StoppedEarlyError: on all ranks: there were too many in a row.
+            TooManySkipsError: on all ranks: there were too many in a row.
         """
         too_many = 0 < self._most_in_a_row <= self._in_a_row
         if not self._in_a_row or not (writes or too_many):
@@ -84,7 +84,7 @@ class SkippedSteps:
             self._file.write({**line, "loss": loss, "grad_norm": grad_norm, "records": records})
             logger.warning("step %d is skipped: %s; %s names its records", step, reason, self._path)
         if too_many:
-            raise StoppedEarlyError(self._verdict(step, reason, records))
+            raise TooManySkipsError(self._verdict(step, reason, records))
 
     def _verdict(self, step: int, reason: str, records: Sequence[str]) -> str:
         shown = ", ".join(records[:_MOST_NAMED]) + (" ..." if len(records) > _MOST_NAMED else "")

@@ -11,7 +11,7 @@ import pytest
 
 from nemo_kto import __version__
 from nemo_kto.cli import main as entry
-from nemo_kto.errors import ConfigError, DataError, KTOError, StoppedEarlyError
+from nemo_kto.errors import ConfigError, DataError, KTOError, LostContactError, StoppedEarlyError, TooManySkipsError
 
 HEAVY = ("torch", "nemo", "megatron", "lightning", "transformers", "matplotlib", "pandas")
 
@@ -100,6 +100,33 @@ def test_user_errors_are_one_message_and_their_exit_code(verb, capsys, error, co
     verb(raiser(error))
     assert entry.main(["report"]) == code
     assert capsys.readouterr().err == "error: why\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "asks"),
+    [
+        (StoppedEarlyError("stopped by SIGTERM"), True),
+        (TooManySkipsError("the loss is nan"), False),
+        (ConfigError("why"), False),
+        (LostContactError("why"), False),
+    ],
+)
+def test_only_a_run_that_was_asked_to_stop_asks_to_be_started_again(verb, monkeypatch, tmp_path, error, asks):
+    note = tmp_path / "requeue"
+    monkeypatch.setenv(entry.REQUEUE_FILE, str(note))
+    verb(raiser(error))
+    for _ in range(2):  # every rank leaves it
+        assert entry.main(["report"]) == error.exit_code
+    assert [file.read_text() for file in tmp_path.iterdir()] == (["stopped by SIGTERM\n"] if asks else [])
+
+
+def test_a_note_that_cannot_be_left_is_said(verb, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv(entry.REQUEUE_FILE, str(tmp_path / "no" / "folder"))
+    verb(raiser(StoppedEarlyError("stopped by SIGTERM")))
+    assert entry.main(["report"]) == 4
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "error: stopped by SIGTERM"
+    assert said[1].endswith("cannot be written (No such file or directory)")
 
 
 def test_traceback_on_request(verb, capsys, monkeypatch):

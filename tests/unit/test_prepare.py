@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from data_kit import char_tokenizer, pair, write_jsonl
+from data_kit import char_tokenizer, data_config, pair, write_jsonl
 
 from nemo_kto.cli import prepare
+from nemo_kto.data import tokenize
 from nemo_kto.data.records import read_records
 from nemo_kto.errors import ConfigError, DataError
 
@@ -120,6 +121,7 @@ def test_overlong_error(data, tokenizer, tmp_path):
     [
         (["--overlong", "drop"], "give --seq-length too"),
         (["--seq-length", "1"], "give at least 2"),
+        (["--cache-dir", "cache"], "give --seq-length, as model.data.seq_length"),
         (["--out", "clean.json"], "must end in .jsonl"),
         (["--out", "DATA"], "is one of the files of --data"),
         (["--out", "/nowhere/clean.jsonl"], "its directory does not exist"),
@@ -128,6 +130,16 @@ def test_overlong_error(data, tokenizer, tmp_path):
 def test_refusals(data, tokenizer, options, message):
     with pytest.raises(ConfigError, match=message):
         run("--data", data, "--tokenizer", tokenizer, *[str(data) if o == "DATA" else o for o in options])
+
+
+@pytest.mark.parametrize("overlong", ["drop", "truncate"])
+def test_training_finds_its_tokens_in_the_cache(data, tokenizer, tmp_path, capsys, monkeypatch, overlong):
+    cache = tmp_path / "cache"
+    options = ("--seq-length", 6, "--overlong", overlong, "--cache-dir", cache)
+    assert run("--data", data, "--tokenizer", tokenizer, *options) == 0
+    monkeypatch.setattr(tokenize, "_write", lambda *_: pytest.fail("tokenised again"))
+    settings = data_config(cache, seq_length=6, overlong=overlong)
+    assert len(tokenize.build_store([data], tokenizer, settings)) == (5 if overlong == "drop" else 6)
 
 
 def test_balanced_data_and_common_responses(tmp_path, tokenizer, capsys):

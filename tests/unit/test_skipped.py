@@ -8,7 +8,7 @@ import math
 import pytest
 
 from nemo_kto.config.schema import OptimConfig, ScheduleConfig
-from nemo_kto.errors import StoppedEarlyError
+from nemo_kto.errors import TooManySkipsError
 from nemo_kto.training.schedule import learning_rate
 from nemo_kto.training.skipped import SkippedSteps
 
@@ -66,7 +66,7 @@ def test_the_reason_is_said(tmp_path, loss, norm, reason):
 def test_too_many_in_a_row_end_the_run_on_every_rank(tmp_path, writes):
     skips = SkippedSteps(tmp_path, 3, records)
     run(skips, [False, False, True, False, False], writes=writes)
-    with pytest.raises(StoppedEarlyError) as stopped:
+    with pytest.raises(TooManySkipsError) as stopped:
         run(skips, [False], first=6, writes=writes)
     said = str(stopped.value)
     assert "3 steps in a row were skipped (trainer.kto.max_consecutive_skips), the last of them step 6" in said
@@ -78,7 +78,7 @@ def test_too_many_in_a_row_end_the_run_on_every_rank(tmp_path, writes):
 
 def test_a_large_batch_is_named_in_part(tmp_path):
     skips = SkippedSteps(tmp_path, 1, lambda _: [f"f:{i}" for i in range(512)])
-    with pytest.raises(StoppedEarlyError, match=r"f:14, f:15 \.\.\.; "):
+    with pytest.raises(TooManySkipsError, match=r"f:14, f:15 \.\.\.; "):
         run(skips, [False])
     assert len(lines(tmp_path)[0]["records"]) == 512
 
@@ -95,7 +95,7 @@ def test_counts_survive_a_checkpoint(tmp_path):
     after = SkippedSteps(tmp_path, 3, records)
     after.load({"consumed_samples": 16, **before.state()})
     assert after.total == 3
-    with pytest.raises(StoppedEarlyError, match="3 steps in a row"):
+    with pytest.raises(TooManySkipsError, match="3 steps in a row"):
         run(after, [False], first=5)
 
 

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# KTO on several machines, with restarts: if a rank dies, all ranks start again from the newest checkpoint. Run the
+# same command on every machine; HEAD, one of them, is where they meet:
+#   HEAD=node1 NODES=4 MODEL=... DATA=... RESULTS=... ./elastic.sh trainer.kto.save_interval=50
+# A machine that was lost may come back: run the command there again while the others wait for it. NODES=2:4 also goes
+# on with fewer, if the layout fits: data parallelism takes what TP x PP leaves.
+set -euo pipefail
+: "${MODEL:?a Hugging Face directory, a Megatron checkpoint or a .nemo}"
+: "${DATA:?training data: one file, or several with commas between}"
+: "${RESULTS:?directory for metrics and checkpoints}"
+: "${HEAD:?name or address of one of the machines, as all see it}"
+: "${NODES:?number of machines, or fewest:most}"
+PORT=${PORT:-29500}      # free on HEAD, and open to the others
+RUN_ID=${RUN_ID:-kto}    # the same on all machines, another one for each run
+MAX_RESTARTS=${MAX_RESTARTS:-3}  # a run that fails for a reason of its own is also tried so often
+PYTHON=${PYTHON:-python}
+RANKS_PER_NODE=${RANKS_PER_NODE:-8}  # GPUs of each machine
+LAYOUT=${LAYOUT:-32gpu}              # TP x PP x DP: a file of conf/layout
+
+export NEMO_KTO_CACHE=${NEMO_KTO_CACHE:-$RESULTS/cache}     # tokens, made once for all ranks
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-600}  # for a step and its checkpoint after SIGTERM
+# Without it, restarted ranks find the addresses of those before them in torchrun's store, and fail. c10d alone has it.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+exec "$PYTHON" -m torch.distributed.run --nnodes="$NODES" --nproc-per-node="$RANKS_PER_NODE" \
+  --max-restarts="$MAX_RESTARTS" --rdzv-backend=c10d --rdzv-endpoint="$HEAD:$PORT" --rdzv-id="$RUN_ID" \
+  --rdzv-conf="keep_alive_interval=5,keep_alive_max_attempt=3,join_timeout=${REJOIN_SECONDS:-600}" \
+  -m nemo_kto.cli.main train layout="$LAYOUT" pretrained_checkpoint.restore_from_path="$MODEL" \
+  model.data.data_prefix.train="[$DATA]" exp_manager.explicit_log_dir="$RESULTS" "$@"
