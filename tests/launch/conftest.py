@@ -11,7 +11,7 @@ import pytest
 import trainings
 from trainings import LONG_WORDS, SHORT_WORDS, TORCHRUN, Material
 
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare", "gcc")
 _TABLE = pytest.StashKey["list[Row]"]()
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import stat
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -62,6 +63,8 @@ class Cluster:
             bytes.
         kill_wait: seconds between SIGTERM and SIGKILL where Slurm itself ends a job.
         slurmd_timeout: seconds after which a silent node counts as lost.
+
+    Its srun takes the options of pyxis, as far as ``containers.c`` has them.
     """
 
     def __init__(self, folder: Path, *, kill_wait: int = 60, slurmd_timeout: int = 20) -> None:
@@ -159,6 +162,12 @@ class Cluster:
 
     def _write_files(self) -> None:
         self._write_conf()
+        plugin = self.folder / "containers.so"
+        source = Path(__file__).with_name("containers.c")
+        command = ["gcc", "-shared", "-fPIC", "-o", str(plugin), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, f"{done.stderr}\n(gcc, libc6-dev and libslurm-dev are in packages.txt)"
+        (self.folder / "plugstack.conf").write_text(f"required {plugin}\n", encoding="utf-8")
         gres = f"NodeName=kton[1-2] Name=gpu File={self.folder}/gpu[0-{GPUS - 1}]\n"
         (self.folder / "gres.conf").write_text(gres, encoding="utf-8")
         for number in range(GPUS):  # as /dev/null; Slurm counts files

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import trainings
 from slurm_cluster import Cluster
-from trainings import RUN_S, SLURM, START_S, Material
+from trainings import ROOT, RUN_S, SLURM, START_S, Material
 
 PER_NODE = {"kto.sbatch": "--ntasks-per-node=1", "kto_srun.sbatch": "--ntasks-per-node={ranks}"}
 
@@ -23,6 +25,7 @@ class SlurmRun:
         name: of the run's directory.
         words: overrides.
         ranks_per_node: processes on each of the two nodes.
+        variables: for the script.
     """
 
     def __init__(
@@ -33,13 +36,13 @@ class SlurmRun:
         name: str,
         *words: str,
         ranks_per_node: int,
-        **more: str,
+        **variables: str,
     ) -> None:
         self.cluster, self.results = cluster, material.root / name
         self.folder = material.root / f"{name}.submitted"
         self.folder.mkdir()
         sizes = [PER_NODE[script].format(ranks=ranks_per_node), f"--gpus-per-node={ranks_per_node}"]
-        env = {**material.variables(self.results), "RANKS_PER_NODE": str(ranks_per_node)}
+        env = {**material.variables(self.results), "RANKS_PER_NODE": str(ranks_per_node), **variables}
         self.number = cluster.submit(
             *("sbatch", "--parsable", "--nodes=2", *sizes, "--time=60", "--partition=batch"),
             *(str(SLURM / script), *material.words(*words)),
@@ -98,3 +101,27 @@ class SlurmRun:
 def log_names(folder: Path) -> list[str]:
     """The jobs' logs in a folder."""
     return sorted(path.name for path in folder.glob("*.out"))
+
+
+def make_root(folder: Path, python: str) -> dict[str, str]:
+    """A directory that can be the root of tasks, and what ``kto.sbatch`` needs to know in order to run there.
+
+    The interpreter's name is one that exists nowhere else.
+    """
+    for name in ("usr", "etc", "tmp", "opt"):
+        (folder / name).mkdir(parents=True)
+    for name in ("bin", "sbin", "lib", "lib64"):
+        (folder / name).symlink_to(f"usr/{name}")
+    starter = folder / "opt" / "python"
+    starter.write_text(f'#!/bin/sh\nexec {python} "$@"\n')
+    starter.chmod(0o755)
+    needed = {
+        "/usr",
+        "/etc",
+        str(ROOT),
+        str(folder.parent),
+        *(os.path.realpath(p) for p in (sys.prefix, sys.base_prefix)),
+    }
+    outermost = [path for path in sorted(needed) if not any(path.startswith(f"{other}/") for other in needed)]
+    mounts = ",".join(f"{path}:{path}" for path in outermost)
+    return {"CONTAINER": str(folder), "MOUNTS": mounts, "PYTHON": "/opt/python"}

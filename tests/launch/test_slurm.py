@@ -6,6 +6,7 @@ The batch scripts are submitted as they are; partition, sizes and time limit are
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import trainings
 from slurm_cluster import Cluster
-from slurm_runs import SlurmRun, log_names
+from slurm_runs import SlurmRun, log_names, make_root
 from trainings import LONG, LONG_WORDS, RUN_S, SHORT_WORDS, SLURM
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(2400)]
@@ -56,6 +57,17 @@ def test_both_ways_to_start_ranks_give_the_same_bits(material):
     first, second = (trainings.lines(material.root / script) for script in ("kto.sbatch", "kto_srun.sbatch"))
     assert first == second
     assert len(first) == 10
+
+
+@BOTH
+def test_in_a_container(script, cluster, material, alone, row):
+    """The options of pyxis, by a stand-in whose image is a directory."""
+    entry = row(f"Slurm, {script}, --container-image", 2)
+    root = make_root(material.root / f"root-{script}", sys.executable)
+    run = SlurmRun(cluster, script, material, f"contained-{script}", *SHORT_WORDS, ranks_per_node=1, **root)
+    run.finish(starts=1)
+    assert trainings.deviations(run.results, alone) == []
+    entry.result, entry.equal = "finished", "within 1e-5 of one process"
 
 
 def _is_whole(run, undisturbed, entry) -> None:
