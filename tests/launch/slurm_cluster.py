@@ -114,6 +114,15 @@ class Cluster:
         """Such as RUNNING."""
         return self.job(number)["JobState"]
 
+    def set_limit(self, number: int, minutes: int) -> None:
+        """Change a job's time limit; a job that is just being requeued takes it a moment later."""
+        words = ("scontrol", "update", f"JobId={number}", f"TimeLimit={minutes}")
+
+        def changed() -> bool:
+            return self._head.run(*words, env=self._env, check=False).returncode == 0
+
+        self.until(changed, _UP_S, f"the limit of job {number} cannot be changed")
+
     def wait(self, number: int, timeout: float) -> dict[str, str]:
         """Poll until a job has ended for good; what is known of it then. ``sbatch --wait`` looks only now and then."""
         self.until(lambda: self.state(number) in _ENDED, timeout, f"job {number} does not end")

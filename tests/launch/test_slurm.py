@@ -101,10 +101,9 @@ def test_before_its_time_is_up_it_saves_and_goes_on(cluster, material, undisturb
     run.until_step(12)
     hours, minutes, _ = map(int, cluster.job(run.number)["RunTime"].split(":"))
     # nearer than the 600 seconds of --signal: so the signal comes now, and the limit itself in some minutes
-    cluster.client("scontrol", "update", f"JobId={run.number}", f"TimeLimit={hours * 60 + minutes + 5}")
-    run.until(lambda: "; requeueing" in run.log, "the signal")
-    run.until(lambda: cluster.job(run.number)["Restarts"] == "1", "requeued")
-    cluster.client("scontrol", "update", f"JobId={run.number}", "TimeLimit=60")
+    cluster.set_limit(run.number, hours * 60 + minutes + 5)
+    run.until(lambda: "stopped by SIGTERM" in run.log, "the signal")
+    cluster.set_limit(run.number, 60)  # for the second start
     entry.restart_s = run.until_again()
     run.finish(starts=2)
     assert "stopped by SIGTERM after step " in run.log
@@ -128,7 +127,7 @@ def test_the_node_of_its_script_is_lost(cluster, material, undisturbed, row):
     run = SlurmRun(cluster, "kto_srun.sbatch", material, "first_lost", *LONG_WORDS, ranks_per_node=1)
     run.until_step(22)
     cluster.hosts["kton1"].crash()
-    run.until(lambda: cluster.job(run.number)["Restarts"] == "1", "requeued")
+    run.until(lambda: cluster.state(run.number) == "PENDING", "requeued")
     cluster.boot("kton1")
     entry.restart_s = run.until_again()
     run.finish(starts=2)
