@@ -69,6 +69,11 @@ class SlurmRun:
         trainings.until(over, timeout, lambda: f"{what}\n{self.story()}")
         assert ask(), f"{what}\n{self.story()}"
 
+    def until_launched(self) -> None:
+        """Wait until srun has started something, be it a moment ago."""
+        words = ("squeue", "--steps", "--noheader", "--jobs", str(self.number), "--format=%i")
+        self.until(lambda: f"{self.number}.0" in self.cluster.client(*words).split(), "srun")
+
     def until_step(self, step: int) -> None:
         """Wait until a step is written down."""
         self.until(lambda: trainings.last_step(self.results) >= step, f"step {step}")

@@ -76,28 +76,44 @@ def _is_whole(run, undisturbed, entry) -> None:
     entry.result, entry.equal = "finished", "bit for bit"
 
 
+def _submit_urgent(cluster) -> int:
+    words = ("--partition=urgent", "--nodes=2", "--ntasks-per-node=1", "--exclusive", "--output=/dev/null")
+    return cluster.submit("sbatch", "--parsable", *words, "--wrap=srun true")
+
+
 @BOTH
 def test_preempted_it_makes_room_and_goes_on(script, cluster, material, undisturbed, row):
     entry = row(f"Slurm, {script}, preempted", 2)
     run = SlurmRun(cluster, script, material, f"preempted-{script}", *LONG_WORDS, ranks_per_node=1)
     run.until_step(12)
-    urgent = cluster.submit(
-        *("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--ntasks-per-node=1", "--exclusive"),
-        *("--output=urgent-%j.out", "--wrap=srun true"),
-        cwd=run.folder,
-    )
+    urgent = _submit_urgent(cluster)
     entry.restart_s = run.until_again()
     assert cluster.state(urgent) == "COMPLETED"
     run.finish(starts=2)
     (resumed,) = trainings.resumed_at(run.log)
     assert f"stopped by SIGTERM after step {resumed} of {LONG}; the same command goes on from there; requeu" in run.log
-    assert resumed % 10 or resumed > 12  # saved because it was told to, where it stood
     _is_whole(run, undisturbed, entry)
+
+
+def test_preempted_before_it_can_heed_it(cluster, material, alone, row):
+    """While torchrun or its ranks are still importing packages: some end by the signal, and nothing is saved."""
+    entry = row("Slurm, kto.sbatch, preempted at once", 2)
+    run = SlurmRun(cluster, "kto.sbatch", material, "at_once", *SHORT_WORDS, ranks_per_node=1)
+    run.until_launched()
+    urgent, began = _submit_urgent(cluster), time.monotonic()
+    run.until(lambda: run.starts == 2 and trainings.last_step(run.results), "a step of the second start")
+    entry.restart_s = time.monotonic() - began
+    assert cluster.state(urgent) == "COMPLETED"
+    run.finish(starts=2)
+    assert trainings.resumed_at(run.log) == []
+    assert trainings.deviations(run.results, alone) == []
+    entry.result, entry.equal = "finished", "within 1e-5 of one process"
 
 
 def test_before_its_time_is_up_it_saves_and_goes_on(cluster, material, undisturbed, row):
     entry = row("Slurm, kto_srun.sbatch, time limit", 2)
-    run = SlurmRun(cluster, "kto_srun.sbatch", material, "limited", *LONG_WORDS, ranks_per_node=1)
+    often = (*LONG_WORDS[:-1], "trainer.kto.save_interval=2")  # it must last: Slurm looks at limits every 30 s
+    run = SlurmRun(cluster, "kto_srun.sbatch", material, "limited", *often, ranks_per_node=1)
     run.until_step(12)
     hours, minutes, _ = map(int, cluster.job(run.number)["RunTime"].split(":"))
     # nearer than the 600 seconds of --signal: so the signal comes now, and the limit itself in some minutes
@@ -181,7 +197,7 @@ def test_cancelled_it_stays_cancelled(cluster, material, row):
 def test_starts_that_bring_nothing_are_counted(cluster, material, row):
     entry = row("Slurm, kto.sbatch, no time to begin", 2)
     run = SlurmRun(cluster, "kto.sbatch", material, "stalled", *LONG_WORDS, ranks_per_node=1)
-    run.until(lambda: run.starts, "started")
+    run.until_launched()
     (run.results / f"stalls.{run.number}").write_text("4\n")  # as four starts before would have left it
     cluster.client("scancel", "--signal=TERM", str(run.number))
     job = run.end()
