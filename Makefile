@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 install_cpu_torch = $(1) install --quiet --no-deps 'torch==$(TORCH)+cpu' 2>/dev/null || \
   $(1) install --quiet --no-deps --index-url $(CPU_WHEELS) 'torch==$(TORCH)'
 
-.PHONY: help demo test test-slow test-effect drill bench lint format typecheck clean
+.PHONY: help demo test test-slow test-effect test-launch launch-packages drill bench lint format typecheck clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -26,13 +26,25 @@ demo: $(READY)  ## train SmolLM2 on human-rated reviews, before and after (DEMO=
 	$(BIN)/python examples/demo/run.py $(DEMO) --peft $(PEFT)
 
 test: $(READY)  ## run the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not launch" $(PYTEST_ARGS)
 
 test-slow: $(READY)  ## run the tests that take minutes each (half an hour)
-	$(BIN)/python -m pytest -m "slow and not effect" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "slow and not effect and not launch" $(PYTEST_ARGS)
 
 test-effect: $(READY)  ## train SmolLM2 six times, and hold what it learns to bounds (three hours)
 	$(BIN)/python -m pytest -m effect $(PYTEST_ARGS)
+
+test-launch: $(READY) launch-packages  ## start trainings by Slurm, torchrun and in a container, and disturb them (half an hour, root)
+	$(BIN)/python -m pytest -m launch tests/launch $(PYTEST_ARGS)
+
+launch-packages: $(READY)
+	@missing=$$(dpkg-query --show --showformat='$${Package} $${db:Status-Status}\n' $$(cat tests/launch/packages.txt) 2>&1 \
+	  | sed -nE 's/^dpkg-query: no packages found matching (.*)/\1/p; s/^(\S+) (not-installed|config-files)$$/\1/p'); \
+	test -z "$$missing" && exit 0; \
+	echo "test-launch needs these packages of Debian or Ubuntu: "$$missing; \
+	test "$$(id -u)" = 0 || { echo "error: not root: install them first, and run the tests as root"; exit 1; }; \
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing
+	@test ! -f requirements/launch.txt || $(PIP) install --quiet --requirement requirements/launch.txt
 
 drill: $(READY)  ## kill, stop, starve and damage real runs, and print what was lost (half an hour)
 	$(BIN)/python tests/faults/drill.py $(DRILL_ARGS)
