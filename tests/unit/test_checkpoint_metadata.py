@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata, Metadata
 
 from nemo_kto.checkpoint.metadata import check_metadata
 from nemo_kto.errors import CheckpointError
@@ -35,6 +35,36 @@ def test_what_torchs_modules_import_is_not_within_reach(tmp_path, name):
     (tmp_path / ".metadata").write_bytes(call + b"\x8c%c" % len(name) + name.encode() + b"\x93.")
     with pytest.raises(CheckpointError, match="it may run code"):
         check_metadata(tmp_path, [])
+
+
+class _Attribute:
+    """Pickled as Python 3.11.2 pickles a member of an enum."""
+
+    def __init__(self, of: object, name: str) -> None:
+        self.of, self.name = of, name
+
+    def __reduce__(self):
+        return getattr, (self.of, self.name)
+
+
+def test_a_member_of_an_enum_may_be_asked_for_by_name(tmp_path):
+    _index(tmp_path, weight=_Attribute(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT"))
+    check_metadata(tmp_path, ["weight"])
+
+
+@pytest.mark.parametrize(
+    ("of", "name"),
+    [
+        (Metadata, "__init__"),
+        (_MEM_FORMAT_ENCODING, "__class__"),
+        (_MEM_FORMAT_ENCODING, "__members__"),
+        ("text", "join"),
+    ],
+)
+def test_no_other_attribute_may(tmp_path, of, name):
+    _index(tmp_path, weight=_Attribute(of, name))
+    with pytest.raises(CheckpointError, match=r"asks for builtins\.getattr of .*it may run code"):
+        check_metadata(tmp_path, ["weight"])
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a pickle"])
