@@ -72,12 +72,16 @@ def _look(args: argparse.Namespace, world: World) -> list[Finding]:
     from nemo_kto.doctor import collective, launching, limits, machine, output, packages
 
     own = limits.probe(world.size)
+    exchange = []
+    if args.collective and world.size > 1:  # first: the other ranks look at nothing else, and wait for this one
+        exchange.append(collective.probe(world, machine.count_gpus(), args.timeout, _about(own)))
     imported, topics = packages.probe()
     devices = machine.devices(topics["torch"], topics["devices"])
     acceleration = machine.acceleration(topics["megatron"], topics["network"])
     found = [launching.probe(), imported, devices, acceleration, launching.interfaces(), own]
     found.append(output.probe(args.output or _DEFAULT_OUTPUT, asked=args.output is not None))
-    if args.collective:
+    found += exchange
+    if args.collective and world.size == 1:
         found.append(collective.probe(world, len(devices.facts["gpus"]), args.timeout, _about(own)))
     return found
 

@@ -14,8 +14,7 @@ SHARED_MEMORY = Path("/dev/shm")
 SMALL_SHARED_MEMORY = _GIB
 """Bytes. Containers get 64 MiB by default, and NVIDIA's documentation asks for 1 GiB or more."""
 FEWEST_FILES = 256
-"""Open files below which a run alone on its machine fails: importing the stack and forming its groups takes about 100,
-and workers and their queues as many again."""
+"""Open files below which a run is taken to fail even alone on its machine. An estimate, not a measurement."""
 FEW_FILES = 4096
 
 

@@ -10,8 +10,8 @@ from nemo_kto.config.world import World, meeting_point
 class LaunchedEnvironment(ClusterEnvironment):
     """Lightning's view of a job: what :class:`World` read, and nothing guessed anew.
 
-    Lightning's own detection refuses plain ``srun -n`` and a batch script of a job of several tasks, and takes a Slurm
-    job named "interactive" for one process.
+    Lightning's own detection refuses plain ``srun -n``, takes a Slurm job named "interactive" for one process, and
+    looks at Slurm's variables in a batch script as well, where one process runs.
 
     Args:
         world: this process among all of the job.
