@@ -159,11 +159,12 @@ def test_another_node_is_lost(cluster, material, undisturbed, row):
         run.until_step(22)
         cluster.hosts["kton2"].crash()
         began = time.monotonic()
-        run.until(lambda: "a node does not answer; requeueing" in run.log, "noticed")
+        run.until(lambda: "a node does not answer; waiting" in run.log, "noticed")
         cluster.boot("kton2")
         run.until_again()
         entry.restart_s = time.monotonic() - began
         run.finish(starts=2)
+        assert "a node was lost; requeueing" in run.log
     finally:
         cluster.configure(kill_wait=KILL_WAIT, slurmd_timeout=SLURMD_TIMEOUT)
     _is_whole(run, undisturbed, entry)
