@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.kto_step.contenders import CONTENDERS, SCALING, Contender, chosen, groups
 from benchmarks.kto_step.crew import ROOT, Places, Worker
 from benchmarks.kto_step.flops import Shape
-from benchmarks.kto_step.over_data import ratios, read_lengths
+from benchmarks.kto_step.over_data import Ratios, ratios, read_lengths
 from benchmarks.kto_step.report import draw, table
 from benchmarks.kto_step.summary import cpu_seconds, spread, summarize
 
@@ -124,8 +124,8 @@ def _over_data(results: dict[str, Any], args: argparse.Namespace) -> dict[str, A
     if not shapes:
         return None
     lengths = read_lengths(args.assets / "train.jsonl", args.assets / "model")
-    swap, cached = zip(*ratios(lengths, shapes[0], Contender.rows), strict=True)
-    return {"swap": asdict(spread(swap)), "cached": asdict(spread(cached))}
+    found = list(ratios(lengths, shapes[0], Contender.rows))
+    return {name: asdict(spread(getattr(one, name) for one in found)) for name in Ratios._fields}
 
 
 def _put(text: str, file: Path) -> None:

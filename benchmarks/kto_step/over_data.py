@@ -21,10 +21,16 @@ class Lengths(NamedTuple):
 
 
 class Ratios(NamedTuple):
-    """Ours over NeMo-Aligner's algorithm, for one batch."""
+    """Operations over those of NeMo-Aligner's algorithm for one batch, one saving after the other."""
 
+    forward_pairs: float
+    """Mismatched pairs without their backward pass."""
+    responses: float
+    """And the vocabulary projection at response positions alone."""
     swap: float
+    """And packed, without padding: ours."""
     cached: float
+    """And no reference pass, since its log-probs are known: ours with a cache."""
 
 
 def read_lengths(data: Path, model: Path) -> list[Lengths]:
@@ -39,15 +45,34 @@ def read_lengths(data: Path, model: Path) -> list[Lengths]:
 
 
 def ratios(lengths: Sequence[Lengths], shape: Shape, rows: int) -> Iterator[Ratios]:
-    """For each whole batch of ``rows`` records: packed rows and scored positions alone, against a padded block."""
+    """For each whole batch of ``rows`` records; the padded ones have one length for samples and pairs."""
     for start in range(0, len(lengths) - rows + 1, rows):
-        batch = lengths[start : start + rows]
-        pairs = [Lengths(own.prompt, other.response) for own, other in zip(batch, batch[1:] + batch[:1], strict=True)]
-        policy = [_packed(batch, trains=True), _packed(pairs, trains=False)]
-        reference = [_packed(batch, trains=False), _packed(pairs, trains=False)]
-        theirs = step_flops(shape, [_padded([*batch, *pairs], trains=trains) for trains in (True, False)])
-        cached = step_flops(shape, policy)
-        yield Ratios((cached + step_flops(shape, reference)) / theirs, cached / theirs)
+        samples = lengths[start : start + rows]
+        partners = samples[1:] + samples[:1]
+        pairs = [Lengths(own.prompt, other.response) for own, other in zip(samples, partners, strict=True)]
+        longest = max(map(_inputs, [*samples, *pairs]))
+
+        def operations(*runs: Pass) -> float:
+            return step_flops(shape, runs)
+
+        def padded(rows: Sequence[Lengths], *, trains: bool, everywhere: bool, width: int = longest) -> Pass:
+            block = len(rows) * width
+            scored = block if everywhere else sum(row.response for row in rows)
+            return Pass(block, block - sum(map(_inputs, rows)), block * width, scored, trains)
+
+        both = [*samples, *pairs]
+        theirs = operations(*(padded(both, trains=trains, everywhere=True) for trains in (True, False)))
+        forward_pairs, responses = (
+            operations(
+                padded(samples, trains=True, everywhere=everywhere),
+                padded(pairs, trains=False, everywhere=everywhere),
+                padded(both, trains=False, everywhere=everywhere),
+            )
+            for everywhere in (True, False)
+        )
+        cached = operations(_packed(samples, trains=True), _packed(pairs, trains=False))
+        swap = cached + operations(_packed(both, trains=False))
+        yield Ratios(forward_pairs / theirs, responses / theirs, swap / theirs, cached / theirs)
 
 
 def _inputs(row: Lengths) -> int:
@@ -57,9 +82,3 @@ def _inputs(row: Lengths) -> int:
 def _packed(rows: Sequence[Lengths], *, trains: bool) -> Pass:
     inputs = [_inputs(row) for row in rows]
     return Pass(sum(inputs), 0, sum(n * n for n in inputs), sum(row.response for row in rows), trains)
-
-
-def _padded(rows: Sequence[Lengths], *, trains: bool) -> Pass:
-    longest, used = max(map(_inputs, rows)), sum(map(_inputs, rows))
-    block = len(rows) * longest
-    return Pass(block, block - used, block * longest, block, trains)

@@ -71,14 +71,20 @@ def _notes(row: Row) -> list[str]:
 
 
 def _over_data(found: dict[str, Row]) -> str:
-    swap, cached = (
-        f"{found[name]['median']:.2f} ({found[name]['lower']:.2f} to {found[name]['upper']:.2f})"
-        for name in ("swap", "cached")
-    )
+    """Medians with quartiles, one saving after the other."""
+    names = {
+        "forward_pairs": "mismatched pairs without backward",
+        "responses": "logits of responses alone",
+        "swap": "packing (nemo_kto)",
+        "cached": "reference cached",
+    }
+    parts = [
+        f"{title} {found[name]['median']:.2f} ({found[name]['lower']:.2f} to {found[name]['upper']:.2f})"
+        for name, title in names.items()
+    ]
     return (
-        "operations over NeMo-Aligner's algorithm for each of the data's "
-        f"{found['swap']['count']:,} batches, by the formula, median (quartiles): {swap} with the swap, "
-        f"{cached} with the cache"
+        f"operations over NeMo-Aligner's algorithm by the formula, for all {found['swap']['count']:,} batches of the "
+        f"data, median (quartiles), each with those before it: {', '.join(parts)}"
     )
 
 

@@ -146,15 +146,21 @@ def test_the_formula_is_what_torch_counts(tiny_llama, trains):
 
 
 def test_operations_of_a_batch_against_a_padded_block():
-    """Counted by hand for two rows of 3 + 2 and 1 + 4 tokens: inputs of 4 and 4, pairs of 6 and 2."""
+    """Counted by hand for two rows of 3 + 2 and 1 + 4 tokens: inputs of 4 and 4, pairs of 6 and 2, blocks of 6."""
     from benchmarks.kto_step.over_data import Lengths, ratios
 
-    samples, pairs = Pass(8, 0, 32, 6, True), Pass(8, 0, 40, 6, False)
-    reference = [dataclasses.replace(samples, trains=False), pairs]
-    padded = [Pass(24, 8, 144, 24, trains) for trains in (True, False)]
-    total = [sum(pass_flops(SHAPE, run) for run in runs) for runs in ([samples, pairs], reference, padded)]
+    def total(*runs):
+        return sum(
+            pass_flops(SHAPE, Pass(tokens, 0, squares, scored, trains)) for tokens, squares, scored, trains in runs
+        )
+
+    theirs = total((24, 144, 24, True), (24, 144, 24, False))
+    forward = total((12, 72, 12, True), (12, 72, 12, False), (24, 144, 24, False))
+    responses = total((12, 72, 6, True), (12, 72, 6, False), (24, 144, 12, False))
+    cached = total((8, 32, 6, True), (8, 40, 6, False))
+    swap = cached + total((16, 72, 12, False))
     (found,) = ratios([Lengths(3, 2), Lengths(1, 4), Lengths(9, 9)], SHAPE, rows=2)
-    assert found == pytest.approx(((total[0] + total[1]) / total[2], total[0] / total[2]), rel=1e-12)
+    assert found == pytest.approx([cost / theirs for cost in (forward, responses, swap, cached)], rel=1e-12)
 
 
 def test_products_that_torch_does_not_count_are_counted():
