@@ -63,8 +63,8 @@ class Buildah:
             self("rm", name)
 
     def run(self, container: str, *command: str, user: str = "0:0", network: bool = False, **more: Any) -> Any:
-        """Run a command in a container; with ``network``, pip in it finds its indexes as this machine's pip does."""
-        mounts = self._network if network else []
+        """Run a command in a container; with ``network``, pip finds indexes and its cache as in a build."""
+        mounts = [*self._network, "--mount=type=cache,target=/root/.cache/pip"] if network else []
         return self("run", f"--user={user}", *mounts, container, "--", *command, **more)
 
     def config(self, image: str) -> dict[str, Any]:
