@@ -13,9 +13,10 @@ set -euo pipefail
 PORT=${PORT:-29500}      # free on HEAD, and open to the others
 RUN_ID=${RUN_ID:-kto}    # the same on all machines, another one for each run
 MAX_RESTARTS=${MAX_RESTARTS:-3}  # a run that fails for a reason of its own is also tried so often
+DATA=${DATA//, /,}
 PYTHON=${PYTHON:-python}
 RANKS_PER_NODE=${RANKS_PER_NODE:-8}  # GPUs of each machine
-LAYOUT=${LAYOUT:-32gpu}              # TP x PP x DP: a file of conf/layout
+LAYOUT=${LAYOUT-32gpu}              # TP x PP x DP: a file of conf/layout; empty: none, the overrides say it
 
 export NEMO_KTO_CACHE=${NEMO_KTO_CACHE:-$RESULTS/cache}     # tokens, made once for all ranks
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-600}  # for a step and its checkpoint after SIGTERM
@@ -24,5 +25,5 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec "$PYTHON" -m torch.distributed.run --nnodes="$NODES" --nproc-per-node="$RANKS_PER_NODE" \
   --max-restarts="$MAX_RESTARTS" --rdzv-backend=c10d --rdzv-endpoint="$HEAD:$PORT" --rdzv-id="$RUN_ID" \
   --rdzv-conf="keep_alive_interval=5,keep_alive_max_attempt=3,join_timeout=${REJOIN_SECONDS:-600}" \
-  -m nemo_kto.cli.main train layout="$LAYOUT" pretrained_checkpoint.restore_from_path="$MODEL" \
-  model.data.data_prefix.train="[$DATA]" exp_manager.explicit_log_dir="$RESULTS" "$@"
+  -m nemo_kto.cli.main train ${LAYOUT:+"layout=$LAYOUT"} "pretrained_checkpoint.restore_from_path=\"$MODEL\"" \
+  "model.data.data_prefix.train=[\"${DATA//,/\",\"}\"]" "exp_manager.explicit_log_dir=\"$RESULTS\"" "$@"

@@ -12,13 +12,14 @@ set -euo pipefail
 : "${NODES:?number of machines}"
 : "${NODE_RANK:?number of this machine, from 0}"
 PORT=${PORT:-29500}  # free on HEAD, and open to the others
+DATA=${DATA//, /,}
 PYTHON=${PYTHON:-python}
 RANKS_PER_NODE=${RANKS_PER_NODE:-8}  # GPUs of each machine
-LAYOUT=${LAYOUT:-32gpu}              # TP x PP x DP: a file of conf/layout
+LAYOUT=${LAYOUT-32gpu}              # TP x PP x DP: a file of conf/layout; empty: none, the overrides say it
 
 export NEMO_KTO_CACHE=${NEMO_KTO_CACHE:-$RESULTS/cache}     # tokens, made once for all ranks
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-600}  # for a step and its checkpoint after SIGTERM
 exec "$PYTHON" -m torch.distributed.run --nnodes="$NODES" --node-rank="$NODE_RANK" \
   --nproc-per-node="$RANKS_PER_NODE" --master-addr="$HEAD" --master-port="$PORT" \
-  -m nemo_kto.cli.main train layout="$LAYOUT" pretrained_checkpoint.restore_from_path="$MODEL" \
-  model.data.data_prefix.train="[$DATA]" exp_manager.explicit_log_dir="$RESULTS" "$@"
+  -m nemo_kto.cli.main train ${LAYOUT:+"layout=$LAYOUT"} "pretrained_checkpoint.restore_from_path=\"$MODEL\"" \
+  "model.data.data_prefix.train=[\"${DATA//,/\",\"}\"]" "exp_manager.explicit_log_dir=\"$RESULTS\"" "$@"
