@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_kto import __version__
-from nemo_kto.config.world import World, world_from_environment
+from nemo_kto.config.world import BY_HAND, World, world_from_environment
 from nemo_kto.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         world = World(0, 1, 1, launched=False)
         args.collective = False
     if world.rank != 0:
-        return _as_another_rank(args, world) if args.collective else 0
+        return _as_another_rank(args, world) if args.collective else _silent(world)
     found = _look(args, world)
     if args.json:
         print(json.dumps(findings.as_json(found, __version__), indent=2))
@@ -84,6 +85,16 @@ def _look(args: argparse.Namespace, world: World) -> list[Finding]:
     if args.collective and world.size == 1:
         found.append(collective.probe(world, len(devices.facts["gpus"]), args.timeout, _about(own)))
     return found
+
+
+def _silent(world: World) -> int:
+    if world.launcher == BY_HAND:
+        print(
+            f"this is rank {world.rank} of {world.size} ({BY_HAND}), and rank 0 speaks for all: if nothing has "
+            "started this rank, unset RANK and WORLD_SIZE",
+            file=sys.stderr,
+        )
+    return 0
 
 
 def _as_another_rank(args: argparse.Namespace, world: World) -> int:

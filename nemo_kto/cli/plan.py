@@ -26,25 +26,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help="Hugging Face directory or config.json, or one of 7b, 8b, 13b, 70b")
     count = parser.add_mutually_exclusive_group(required=True)
-    count.add_argument("--gpus", type=_count, metavar="N", help="GPUs in all")
-    count.add_argument("--nodes", type=_count, metavar="N", help="nodes, all GPUs of which are used")
-    add("--gpus-per-node", type=_count, default=8, metavar="N", help="(default: %(default)s)")
-    add("--gpu-memory", type=_positive, default=80.0, metavar="GB", help="of one GPU, 10^9 bytes (default: 80)")
-    add("--reserve", type=_fraction, default=0.1, help="part of it that stays free (default: %(default)s)")
-    add("--seq-length", type=_count, default=1024, metavar="TOKENS", help="longest row (default: %(default)s)")
-    add("--mean-length", type=_count, metavar="TOKENS", help="mean row; for the time alone (default: the longest)")
-    add("--global-batch-size", type=_count, default=64, metavar="N", help="samples per step (default: %(default)s)")
+    count.add_argument("--gpus", type=whole_number, metavar="N", help="GPUs in all")
+    count.add_argument("--nodes", type=whole_number, metavar="N", help="nodes, all GPUs of which are used")
+    add("--gpus-per-node", type=whole_number, default=8, metavar="N", help="(default: %(default)s)")
+    add("--gpu-memory", type=positive_number, default=80.0, metavar="GB", help="of one GPU, 10^9 bytes (default: 80)")
+    add("--reserve", type=fraction, default=0.1, help="part of it that stays free (default: %(default)s)")
+    add("--seq-length", type=whole_number, default=1024, metavar="TOKENS", help="longest row (default: %(default)s)")
+    add(
+        "--mean-length",
+        type=whole_number,
+        metavar="TOKENS",
+        help="mean row; for the time alone (default: the longest)",
+    )
+    add(
+        "--global-batch-size",
+        type=whole_number,
+        default=64,
+        metavar="N",
+        help="samples per step (default: %(default)s)",
+    )
     add("--precision", choices=("bf16", "32"), default="bf16", help="(default: %(default)s)")
     add("--peft", choices=("none", "lora"), default="none", help="lora: adapters on all linear layers")
-    add("--adapter-dim", type=_count, metavar="N", help="rank of the adapters (default: 32)")
+    add("--adapter-dim", type=whole_number, metavar="N", help="rank of the adapters (default: 32)")
     add("--optimizer", choices=("distributed_fused_adam", "adamw"), default="distributed_fused_adam")
     speeds = parser.add_argument_group("speeds that are assumed, per GPU; they change the ranking, never the memory")
     speed = speeds.add_argument
-    speed("--tflops", type=_positive, metavar="N", help="sustained, 10^12 per second (default: bf16 400, 32 50)")
-    speed("--nvlink", type=_positive, default=300.0, metavar="N", help="10^9 bytes/s one way (default: %(default)g)")
-    speed("--network", type=_positive, default=40.0, metavar="N", help="to other nodes (default: %(default)g)")
-    speed("--host-link", type=_positive, default=40.0, metavar="N", help="from host memory (default: %(default)g)")
-    add("--top", type=_count, default=10, metavar="N", help="layouts to show (default: %(default)s)")
+    speed("--tflops", type=positive_number, metavar="N", help="sustained, 10^12 per second (default: bf16 400, 32 50)")
+    speed(
+        "--nvlink",
+        type=positive_number,
+        default=300.0,
+        metavar="N",
+        help="10^9 bytes/s one way (default: %(default)g)",
+    )
+    speed("--network", type=positive_number, default=40.0, metavar="N", help="to other nodes (default: %(default)g)")
+    speed(
+        "--host-link", type=positive_number, default=40.0, metavar="N", help="from host memory (default: %(default)g)"
+    )
+    add("--top", type=whole_number, default=10, metavar="N", help="layouts to show (default: %(default)s)")
     add("--json", action="store_true", help="print everything as JSON, in bytes and seconds")
 
 
@@ -97,21 +116,24 @@ def machine_of(args: argparse.Namespace) -> Machine:
     )
 
 
-def _count(text: str) -> int:
+def whole_number(text: str) -> int:
+    """An option; the name stands in argparse's message."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return number
 
 
-def _positive(text: str) -> float:
+def positive_number(text: str) -> float:
+    """As :func:`whole_number`."""
     number = float(text)
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} must be a number above 0")
     return number
 
 
-def _fraction(text: str) -> float:
+def fraction(text: str) -> float:
+    """As :func:`whole_number`."""
     number = float(text)
     if not 0 <= number < 1:
         raise argparse.ArgumentTypeError(f"{text} must be in [0, 1)")

@@ -172,7 +172,7 @@ def _check_same_network(config: Config, policy: Architecture) -> None:
 def read_data(config: Config) -> RunData:
     """Validate and tokenise, from the cache where it has these very bytes, and plan the steps."""
     from nemo_kto.config.architecture import read_architecture
-    from nemo_kto.config.checks import check_schedule
+    from nemo_kto.config.checks import check_profile, check_schedule
     from nemo_kto.config.locate import hf_side
     from nemo_kto.data.tokenize import build_store
     from nemo_kto.data.vocabulary import check_vocabulary
@@ -189,6 +189,7 @@ def read_data(config: Config) -> RunData:
         check_vocabulary(validation, files or [], network.vocab_size, tokenizer)
     plan = RunData(config, train, validation, network)
     check_schedule(config.model.optim, plan.total_steps)
+    check_profile(config.exp_manager.profile_steps, plan.total_steps)
     return plan
 
 

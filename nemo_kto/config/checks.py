@@ -80,6 +80,12 @@ def check_recompute(arch: Architecture, model: ModelConfig) -> None:
         )
 
 
+def check_profile(steps: list[int] | None, total_steps: int) -> None:
+    """Refuse a trace of steps that the run does not have."""
+    if steps is not None and steps[0] > total_steps:
+        raise ConfigError(f"exp_manager.profile_steps={steps} begins after the last of this run's {total_steps} steps")
+
+
 def check_length(arch: Architecture, seq_length: int) -> None:
     """Refuse rows longer than the model can attend over."""
     if seq_length > arch.max_position_embeddings:

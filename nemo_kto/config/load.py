@@ -122,6 +122,10 @@ def _compose(overrides: list[str], config_dir: str | Path | None, config_name: s
                 "`defaults: [gpt_kto, {override loss: kto_paper}, _self_]` and pass --config-name"
             )
         overrides = [*overrides, f"hydra.searchpath=[file://{conf_dir()}]"]
+    for override in overrides:
+        group, _, choice = override.partition("=")
+        if choice == "null" and group.isidentifier() and (conf_dir() / group).is_dir():
+            raise ConfigError(f"{override}: leave it out, or take away with '~{group}' what your own yaml has chosen")
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(directory), version_base="1.3"):
@@ -134,7 +138,10 @@ def _compose(overrides: list[str], config_dir: str | Path | None, config_name: s
 def _explain(error: Exception) -> str:
     """Hydra's own words without its search path, or for an unknown key the nearest known one."""
     if isinstance(error, OverrideParseException):
-        return f"{error.override!r} is not key=value; quote brackets, commas and $ for the shell"
+        return (
+            f"{error.override!r} is not key=value; quote brackets, commas and $ for the shell, and a value that holds "
+            """=, ~ or brackets once more for Hydra: 'key="/a=b"', 'key=["/a=b.jsonl"]'"""
+        )
     text = " ".join(str(error).split()).split(" Config search path:")[0]
     override = re.search(r"(?:Could not override '|Error merging override )([\w.]+)", text)
     if override is None:

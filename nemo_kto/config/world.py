@@ -16,6 +16,10 @@ _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 """Slurm numbers what is no step of ours from the top: batch scripts, the shells of ``salloc``, containers."""
 
 
+BY_HAND = "RANK and WORLD_SIZE in the environment"
+"""Launcher of a rank that none of those known here has started; perhaps nobody has."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among all of the job. ``launched`` is False when nobody started more than this one."""
@@ -122,7 +126,7 @@ def _by_torchrun() -> World:
             f"world {size} on {nodes} nodes is not {local_size} processes, as here, on each: {nodes} x {local_size} = "
             f"{nodes * local_size}. Start every torchrun with the same --nproc-per-node"
         )
-    launcher = "RANK and WORLD_SIZE in the environment"
+    launcher = BY_HAND
     if STARTED_BY in env:
         launcher = "nemo-kto"
     elif "TORCHELASTIC_RUN_ID" in env:

@@ -89,6 +89,10 @@ class Job:
         Raises:
             ConfigError: names the option.
         """
+        if self.seq_length < 2:
+            raise ConfigError(
+                f"--seq-length {self.seq_length} leaves no room for a prompt and a response: give 2 or more"
+            )
         check_length(self.arch, self.seq_length)
         if self.world > self.gpus_per_node and self.world % self.gpus_per_node:
             raise ConfigError(

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -38,11 +39,18 @@ class Buildah:
 
     def __call__(self, *words: str, timeout: float = 300, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run one command; stderr is in ``stdout``."""
-        done = subprocess.run(
-            ["buildah", *words],
-            **{"env": self._environment, "timeout": timeout, "text": True, "check": False},
+        command = ["buildah", *words]
+        with subprocess.Popen(
+            command,
+            **{"env": self._environment, "text": True, "start_new_session": True},
             **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
-        )
+        ) as process:
+            try:
+                said, _ = process.communicate(timeout=timeout)
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)  # what runs in the container would outlive buildah
+                raise
+        done = subprocess.CompletedProcess(command, process.returncode, said)
         assert not check or done.returncode == 0, f"buildah {' '.join(words)}\n{done.stdout[-5000:]}"
         return done
 
@@ -54,18 +62,27 @@ class Buildah:
         return self(*command, context, timeout=BUILD_S, check=check).stdout
 
     @contextmanager
-    def container(self, image: str) -> Iterator[str]:
-        """A container's name; it is removed afterwards."""
-        name = self("from", "--quiet", "--pull-never", image).stdout.split()[-1]
+    def container(self, image: str, *options: str) -> Iterator[str]:
+        """A container's name; it is removed afterwards. ``options`` are those of ``buildah from``."""
+        name = self("from", "--quiet", "--pull-never", *options, image).stdout.split()[-1]
         try:
             yield name
         finally:
             self("rm", name)
 
-    def run(self, container: str, *command: str, user: str = "0:0", network: bool = False, **more: Any) -> Any:
-        """Run a command in a container; with ``network``, pip finds indexes and its cache as in a build."""
-        mounts = [*self._network, "--mount=type=cache,target=/root/.cache/pip"] if network else []
-        return self("run", f"--user={user}", *mounts, container, "--", *command, **more)
+    def run(
+        self, container: str, *command: str, user: str = "0:0", network: bool = False, host: str = "", **more: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command in a container, as a user.
+
+        Args:
+            network: whether pip finds indexes and its cache, as in a build.
+            host: the container's own name; otherwise one that nothing in the container can resolve.
+        """
+        cache = ("--mount=type=cache,target=/var/cache/pip", "--env=PIP_CACHE_DIR=/var/cache/pip")
+        options = [*self._network, *cache] if network else []
+        options += [f"--hostname={host}"] if host else []
+        return self("run", f"--user={user}", *options, container, "--", *command, **more)
 
     def config(self, image: str) -> dict[str, Any]:
         """An image's configuration: Cmd, Env, Labels, User, WorkingDir."""
@@ -95,6 +112,19 @@ class Buildah:
         self("rm", "--all", check=False)
         self("rmi", "--all", "--force", check=False)
         shutil.rmtree(self.root)
+
+
+def mounted_by(root: Path) -> list[str]:
+    """Processes, in whatever mount namespace, that have something mounted from a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/mountinfo"):
+        try:
+            mounts = path.read_text(encoding="utf-8")
+        except OSError:  # it has just ended
+            continue
+        if str(root) in mounts:
+            found.append(path.parent.name)
+    return found
 
 
 def _pip_mounts(root: Path) -> list[str]:

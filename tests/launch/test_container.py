@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from container_kit import Buildah, python_base
+from container_kit import Buildah, mounted_by, python_base
 
 import nemo_kto
 
@@ -57,7 +57,7 @@ def buildah(tmp_path_factory) -> Iterator[Buildah]:
     yield made
     made.close()
     assert not made.root.exists()
-    assert str(made.root) not in Path("/proc/mounts").read_text(encoding="utf-8")
+    assert mounted_by(made.root) == []
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +165,18 @@ def test_the_default_command_is_the_doctor(buildah, image):
         said = buildah.run(box, *command, user="1000:1000", timeout=900).stdout
     assert TORCH in said, said
     assert "Traceback" not in said, said
+
+
+def test_torchrun_in_it(buildah, gpu, row):
+    """As docs/launch.md has it for Docker, whose containers can resolve their own names."""
+    line = row("gpu image, by buildah, torchrun --standalone", 2)
+    torchrun = ("python3", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    with buildah.container(gpu, "--add-host=box:127.0.0.1") as box:
+        command = (*torchrun, "-m", "nemo_kto.cli.main", "doctor", "--collective")
+        said = buildah.run(box, *command, user="1000:1000", host="box", timeout=600).stdout
+    assert "world 2 = 1 node x 2 (torchrun)" in said, said
+    assert re.search(r"^  2 ranks on 1 node\(s\) over gloo\n  all_reduce: \d", said, re.MULTILINE), said
+    line.result = "exchanged data"
 
 
 def test_labels(buildah, image):

@@ -125,6 +125,8 @@ def test_a_config_is_frozen_and_survives_its_yaml(tmp_path):
         ("+trainer.max_steps=3", "use trainer.kto.max_steps"),
         ("++model.data.data_prefix={train: [a], test: [b]}", "model.data.data_prefix.test: remove it"),
         ("model.optim=adam", "config key model.optim is a group of settings, not a value"),
+        ("layout=null", "layout=null: leave it out, or take away with '~layout' what your own yaml has chosen"),
+        ("model.data.cache_dir=/a=b", """a value that holds =, ~ or brackets once more for Hydra: 'key="/a=b"'"""),
         ("model=null", "config key model is a group of settings, not a value"),
         ("model.data.data_prefix=[a]", "config key model.data.data_prefix is a group of settings"),
         ("exp_manager.wandb_logger_kwargs.tags=1", "add it by +exp_manager.wandb_logger_kwargs.tags="),

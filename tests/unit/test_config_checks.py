@@ -289,3 +289,10 @@ def test_recomputed_units_must_fit_a_stage(tiny_llama, method, unit, pipeline):
     )
     with pytest.raises(ConfigError, match=f"activations_checkpoint_num_layers={unit} does not fit the"):
         checks.check_recompute(read_architecture(tiny_llama), config.model)
+
+
+def test_a_trace_begins_within_the_run():
+    for steps in (None, [10, 12], [1, 1]):
+        checks.check_profile(steps, 10)
+    with pytest.raises(ConfigError, match=r"profile_steps=\[11, 12\] begins after the last of this run's 10 steps"):
+        checks.check_profile([11, 12], 10)

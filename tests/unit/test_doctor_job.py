@@ -102,3 +102,18 @@ def test_wrong_numbers_block():
     )
     assert "BLOCKS all_reduce gave wrong numbers over nccl" in _said(finding)
     assert "all_reduce: 10 us for 4 bytes, 100.0 ms for 16 MiB (0.10 GB/s)" in finding.lines
+
+
+def test_a_rank_that_nothing_started_says_who_speaks(monkeypatch, capsys):
+    from nemo_kto.cli.main import main
+
+    for name, value in {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "x", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["doctor", "--json"]) == 0
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "this is rank 1 of 4" in said.err
+    assert "unset RANK and WORLD_SIZE" in said.err
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr() == ("", "")

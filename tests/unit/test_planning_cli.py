@@ -57,6 +57,7 @@ def test_nothing_fits_ends_with_2_and_one_message(capsys):
     [
         (["--model", "7b"], "--gpus"),
         (["--model", "7b", "--gpus", "0"], "at least 1"),
+        (["--model", "7b", "--gpus", "abc"], "invalid whole_number value: 'abc'"),
         (["--model", "7b", "--gpus", "8", "--reserve", "1"], "must be in"),
         (["--model", "7b", "--gpus", "8", "--gpu-memory", "nan"], "above 0"),
         (["--gpus", "8"], "--model"),
@@ -67,6 +68,11 @@ def test_wrong_options_end_with_2(options, message, capsys):
         main(["plan", *options])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_training_refuses_is_not_planned(capsys):
+    assert main(["plan", "--model", "7b", "--gpus", "8", "--seq-length", "1"]) == 2
+    assert "--seq-length 1 leaves no room for a prompt and a response" in capsys.readouterr().err
 
 
 def test_options_that_would_do_nothing_are_refused(capsys):
