@@ -13,11 +13,11 @@ FROM ${CPU_BASE_IMAGE} AS cpu
 ARG PIP_BREAK_SYSTEM_PACKAGES=1
 ARG PIP_ROOT_USER_ACTION=ignore
 ARG PIP_DISABLE_PIP_VERSION_CHECK=1
-ARG PIP_CACHE_DIR=/var/cache/pip
+ARG PIP_CACHE_DIR=/var/.cache/pip
 WORKDIR /opt/nemo_kto
 COPY requirements/cpu.txt requirements/
 # As in the Makefile: torch from the indexes that pip is set up with (offline mirrors have it), or from PyTorch's own.
-RUN --mount=type=cache,target=/var/cache/pip \
+RUN --mount=type=cache,target=/var/.cache/pip \
     torch="$(sed -n 's/^torch==//p' requirements/cpu.txt)" \
     && { python3 -m pip install --no-deps "torch==${torch}+cpu" || python3 -m pip install --no-deps \
          --index-url https://download.pytorch.org/whl/cpu "torch==${torch}"; } \
@@ -25,7 +25,7 @@ RUN --mount=type=cache,target=/var/cache/pip \
 COPY pyproject.toml README.md LICENSE ./
 COPY conf conf
 COPY nemo_kto nemo_kto
-RUN --mount=type=cache,target=/var/cache/pip \
+RUN --mount=type=cache,target=/var/.cache/pip \
     python3 -m pip install --no-deps --no-build-isolation .
 COPY examples examples
 # Any user may run it: what is there can be read, and home, caches and the working directory can be written.
@@ -48,21 +48,21 @@ FROM ${BASE_IMAGE} AS gpu
 ARG PIP_BREAK_SYSTEM_PACKAGES=1
 ARG PIP_ROOT_USER_ACTION=ignore
 ARG PIP_DISABLE_PIP_VERSION_CHECK=1
-ARG PIP_CACHE_DIR=/var/cache/pip
+ARG PIP_CACHE_DIR=/var/.cache/pip
 # More for the image, as for pip: --build-arg EXTRA_PACKAGES="wandb flask>=3"
 ARG EXTRA_PACKAGES=""
 WORKDIR /opt/nemo_kto
 COPY docker/held_packages.py docker/
 COPY pyproject.toml ./
 # PIP_CONSTRAINT: NVIDIA's images set it, to what their own build began with. What is in the image now takes its place.
-RUN --mount=type=cache,target=/var/cache/pip \
+RUN --mount=type=cache,target=/var/.cache/pip \
     python3 docker/held_packages.py record pyproject.toml /opt/nemo_kto/held --extra demo --also "${EXTRA_PACKAGES}" \
     && PIP_CONSTRAINT='' python3 -m pip install --constraint held/constraints.txt --requirement held/requirements.txt \
     && python3 docker/held_packages.py check /opt/nemo_kto/held
 COPY README.md LICENSE ./
 COPY conf conf
 COPY nemo_kto nemo_kto
-RUN --mount=type=cache,target=/var/cache/pip \
+RUN --mount=type=cache,target=/var/.cache/pip \
     PIP_CONSTRAINT='' python3 -m pip install --no-deps . && python3 docker/held_packages.py check held
 COPY examples examples
 RUN chmod -R a+rX /opt/nemo_kto && install -d -m 1777 /home/kto /workspace

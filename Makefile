@@ -34,7 +34,7 @@ test-slow: $(READY)  ## run the tests that take minutes each (half an hour)
 test-effect: $(READY)  ## train SmolLM2 six times, and hold what it learns to bounds (three hours)
 	$(BIN)/python -m pytest -m effect $(PYTEST_ARGS)
 
-test-launch: $(READY) launch-packages  ## start trainings by Slurm, torchrun and in a container, and disturb them (half an hour, root)
+test-launch: $(READY) launch-packages  ## start trainings by Slurm, torchrun and in a container, and disturb them (an hour, root)
 	$(BIN)/python -m pytest -m launch tests/launch $(PYTEST_ARGS)
 
 launch-packages: $(READY)
