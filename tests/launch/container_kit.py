@@ -79,7 +79,7 @@ class Buildah:
             network: whether pip finds indexes and its cache, as in a build.
             host: the container's own name; otherwise one that nothing in the container can resolve.
         """
-        cache = ("--mount=type=cache,target=/var/.cache/pip", "--env=PIP_CACHE_DIR=/var/cache/pip")
+        cache = ("--mount=type=cache,target=/var/.cache/pip", "--env=PIP_CACHE_DIR=/var/.cache/pip")
         options = [*self._network, *cache] if network else []
         options += [f"--hostname={host}"] if host else []
         return self("run", f"--user={user}", *options, container, "--", *command, **more)

@@ -9,7 +9,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -43,18 +44,30 @@ def no_job_stays(cluster) -> Iterator[None]:
     cluster.until(lambda: cluster.idle_nodes() == 2, 120, "the nodes do not come free")
 
 
+@pytest.fixture(scope="module")
+def trained(cluster, material) -> Callable[[str], SlurmRun]:
+    """A whole training of four ranks by a script; each is run once."""
+
+    @cache
+    def by(script: str) -> SlurmRun:
+        run = SlurmRun(cluster, script, material, script, *SHORT_WORDS, TP2, ranks_per_node=2)
+        run.finish(starts=1)
+        return run
+
+    return by
+
+
 @BOTH
-def test_it_trains_as_one_process_does(script, cluster, material, alone, row):
+def test_it_trains_as_one_process_does(script, trained, alone, row):
     entry = row(f"Slurm, {script}", 4)
-    run = SlurmRun(cluster, script, material, script, *SHORT_WORDS, TP2, ranks_per_node=2)
-    run.finish(starts=1)
+    run = trained(script)
     assert trainings.deviations(run.results, alone) == []
     assert log_names(run.folder) == [f"{Path(script).stem}-{run.number}.out"]
     entry.result, entry.equal = "finished", "within 1e-5 of one process"
 
 
-def test_both_ways_to_start_ranks_give_the_same_bits(material):
-    first, second = (trainings.lines(material.root / script) for script in ("kto.sbatch", "kto_srun.sbatch"))
+def test_both_ways_to_start_ranks_give_the_same_bits(trained):
+    first, second = (trainings.lines(trained(script).results) for script in ("kto.sbatch", "kto_srun.sbatch"))
     assert first == second
     assert len(first) == 10
 
