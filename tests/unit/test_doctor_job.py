@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 
@@ -104,6 +105,17 @@ def test_wrong_numbers_block():
     assert "all_reduce: 10 us for 4 bytes, 100.0 ms for 16 MiB (0.10 GB/s)" in finding.lines
 
 
+@pytest.fixture
+def logging_as_it_was():
+    """``main`` sets up its process's logging, here that of a rank which keeps quiet."""
+    ours = logging.getLogger("nemo_kto")
+    handlers, propagate, level = ours.handlers, ours.propagate, ours.level
+    yield
+    ours.handlers, ours.propagate = handlers, propagate
+    ours.setLevel(level)
+
+
+@pytest.mark.usefixtures("logging_as_it_was")
 def test_a_rank_that_nothing_started_says_who_speaks(monkeypatch, capsys):
     from nemo_kto.cli.main import main
 
