@@ -14,6 +14,8 @@ import importlib
 import importlib.util
 import logging
 import os
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -119,8 +121,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     report_with(tell)
     try:
         code: int = module.run(options)
+        sys.stdout.flush()
     except KTOError as error:
         return _end(error, verb)
+    except BrokenPipeError:
+        if verb in _TOGETHER or _stdout_is_read():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         tell_others("interrupted")
         print("interrupted", file=sys.stderr)
@@ -136,6 +144,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             tell_waiting_ranks(said)
         raise
     return code
+
+
+def _stdout_is_read() -> bool:
+    """Whether what reads standard output is still there: `head` leaves when it has enough."""
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    return not watch.poll(0)
 
 
 def _end(error: KTOError, verb: str) -> int:

@@ -51,6 +51,7 @@ CASES = {
         "tp2": Case(tp=2),
         "tp2sp": Case(tp=2, sequence_parallel=True),
         "tp2-qwen2-fp32": Case(tp=2, bf16=False, model="qwen2"),
+        "tp2sp-qwen3": Case(tp=2, sequence_parallel=True, model="qwen3"),
         "tp2sp-uniform": Case(tp=2, sequence_parallel=True, **UNIFORM),
         "tp2-lora": Case(tp=2, lora_dim=16),
         "tp2sp-lora": Case(tp=2, lora_dim=16, sequence_parallel=True),
@@ -70,7 +71,12 @@ CASES = {
         "pp4": Case(pp=4, bf16=False),
     },
 }
-NAMES = [(world, name) for world, cases in CASES.items() for name in cases]
+SLOW = {1: pytest.mark.slow, 4: pytest.mark.slow}
+"""Two ranks have every formula at least once."""
+every_case = pytest.mark.parametrize(
+    ("world", "name"),
+    [pytest.param(world, name, marks=SLOW.get(world, ())) for world, cases in CASES.items() for name in cases],
+)
 PADDED = 0.02
 """What the distributed optimizer's alignment adds here: parameters begin at multiples of 64 elements and buckets end
 at multiples of 128 and DP, in networks of 0.3 million elements and more per rank. Nothing else differs."""
@@ -110,7 +116,7 @@ def job_and_layout(world: int, case: Case, arch: Architecture) -> tuple[Job, Lay
     return job, Layout(case.tp, case.pp, dp, case.sequence_parallel, ROWS, *recompute)
 
 
-@pytest.mark.parametrize(("world", "name"), NAMES)
+@every_case
 def test_weights_gradients_and_optimizer_state(world, name, root, worlds):
     case = CASES[world][name]
     arch = read_architecture(root / case.model)
@@ -124,7 +130,7 @@ def test_weights_gradients_and_optimizer_state(world, name, root, worlds):
         assert found["everything"] == pytest.approx(expected.total, rel=LEFT_OVER)
 
 
-@pytest.mark.parametrize(("world", "name"), NAMES)
+@every_case
 def test_activations(world, name, root, worlds):
     case = CASES[world][name]
     arch = read_architecture(root / case.model)

@@ -24,6 +24,8 @@ TWO = {
     "pp2": Setup(pp=2),
     "pp2 sharded": Setup(pp=2, optimizer=SHARDED),
 }
+SLOW = {"dp2 sharded bf16", "dp2 overlapped", "tp2", "pp2"}
+"""Left to the slow tests: what differs is Megatron's, and the others have it in part."""
 ALL_PARAMETERS = ""
 SPOILED = {"nan": (ALL_PARAMETERS, math.nan), "inf": (ALL_PARAMETERS, math.inf), "overflow": (ALL_PARAMETERS, 1e25)}
 """What the last rank finds in its reduced gradient. The square of 1e25 is beyond float32, and with it the norm."""
@@ -128,12 +130,16 @@ CLIPS = {"clipped": 0.01, "unclipped": math.inf}
 ALL = [*ONE, *TWO]
 
 
+def marks(layout):
+    return pytest.mark.slow if layout in SLOW else ()
+
+
 def one_rank(rank, root):
     return kit.each(_cases(ONE), rank, root)
 
 
-def two_ranks(rank, root):
-    return kit.each(_cases(TWO), rank, root)
+def two_ranks(rank, root, layouts):
+    return kit.each(_cases({layout: TWO[layout] for layout in layouts}), rank, root)
 
 
 @pytest.fixture(scope="module")
@@ -149,13 +155,16 @@ def one(root):
 
 
 @pytest.fixture(scope="module")
-def two(root):
-    return run_ranks(2, two_ranks, root, timeout=400)
+def two(root, wanted):
+    return run_ranks(2, two_ranks, root, [layout for layout in TWO if layout in wanted("layout")], timeout=400)
 
 
 @pytest.mark.parametrize(
     ("layout", "kind"),
-    [*((layout, kind) for layout in ALL for kind in (*SPOILED, "loss")), *((layout, "copy") for layout in COPIES)],
+    [
+        *(pytest.param(layout, kind, marks=marks(layout)) for layout in ALL for kind in (*SPOILED, "loss")),
+        *(pytest.param(layout, "copy", marks=marks(layout)) for layout in COPIES),
+    ],
 )
 def test_what_is_bad_on_one_rank_moves_nothing_on_any(layout, kind, request):
     for found in kit.of(request.getfixturevalue("one" if layout in ONE else "two"), f"{layout} {kind}"):
@@ -171,7 +180,7 @@ def test_what_is_bad_on_one_rank_moves_nothing_on_any(layout, kind, request):
 
 
 @pytest.mark.parametrize("clip", CLIPS)
-@pytest.mark.parametrize("layout", ALL)
+@pytest.mark.parametrize("layout", [pytest.param(layout, marks=marks(layout)) for layout in ALL])
 def test_a_good_step_is_megatrons_bit_for_bit(layout, clip, request):
     for found in kit.of(request.getfixturevalue("one" if layout in ONE else "two"), f"{layout} {clip}"):
         assert found["steps"]

@@ -42,6 +42,8 @@ RUNS = {
 
 Most of these steps lie in the middle of a window, and some runs go on with windows of another size."""
 
+ALWAYS = "fp32"
+
 
 def _run(root: Path, name: str) -> Path:
     steps, words = RUNS[name]
@@ -56,13 +58,13 @@ def _run(root: Path, name: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, wanted):
     root = tmp_path_factory.mktemp("resume")
     tiny.make_model(root / "model", num_hidden_layers=2)
     tiny.make_records(root / "train.jsonl", ROWS, seed=1)
     tiny.make_records(root / "heldout.jsonl", 6, seed=2)
     with ThreadPoolExecutor(2) as pool:
-        jobs = {name: pool.submit(_run, root, name) for name in RUNS}
+        jobs = {name: pool.submit(_run, root, name) for name in {ALWAYS, *wanted("name")}}
         return {name: job.result() for name, job in jobs.items()}
 
 
@@ -80,7 +82,9 @@ def _state(out: Path) -> dict[str, object]:
 RESUMED = [(name, other.split(":")[0]) for name in RUNS for other in RUNS[name][0].split(",")[1:]]
 
 
-@pytest.mark.parametrize(("name", "step"), RESUMED)
+@pytest.mark.parametrize(
+    ("name", "step"), [pytest.param(*case, marks=() if case[0] == ALWAYS else pytest.mark.slow) for case in RESUMED]
+)
 def test_every_metric_and_every_byte_is_the_same(name, step, runs):
     whole, resumed = runs[name] / "whole", runs[name] / f"from-{step}"
     assert [line["step"] for line in _lines(whole) if "loss" in line] == list(range(1, STEPS + 1))
@@ -94,6 +98,6 @@ def test_dropout_was_on(runs):
     """Its streams move: two checkpoints of one run hold different ones."""
     records = []
     for step in (1, 2):
-        manifest = runs["fp32"] / "whole" / "checkpoints" / f"step-{step:06d}" / "manifest.json"
+        manifest = runs[ALWAYS] / "whole" / "checkpoints" / f"step-{step:06d}" / "manifest.json"
         records.append(json.loads(manifest.read_text())["files"]["random.safetensors"]["sha256"])
     assert records[0] != records[1]
