@@ -37,6 +37,7 @@ example:
   nemo-kto train pretrained_checkpoint.restore_from_path=MODEL 'model.data.data_prefix.train=[train.jsonl]'
 
 exit codes: 0 done, 1 a bug or a lost rank, 2 config or usage, 3 data or checkpoint, 4 stopped early and resumable
+(0 under a torchrun with --max-restarts, which takes all else for a failure and starts the ranks again)
 
 $NEMO_KTO_REQUEUE_FILE: a file that is written where a run was asked to stop and the same command goes on from there"""
 
@@ -164,14 +165,20 @@ def _end(error: KTOError, verb: str) -> int:
         tell_others(str(error))
         if verb in _TOGETHER and not isinstance(error, LostContactError):
             tell_waiting_ranks(str(error))
-    end_if_blocked(error.exit_code)
-    return error.exit_code
+    code = 0 if _is_on_purpose(error) and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" else error.exit_code
+    end_if_blocked(code)
+    return code
+
+
+def _is_on_purpose(error: KTOError) -> bool:
+    """Whether a run did as it was told. torchrun starts ranks again that end with anything but 0, at once."""
+    return isinstance(error, StoppedEarlyError) and not isinstance(error, TooManySkipsError)
 
 
 def _ask_for_requeue(error: StoppedEarlyError) -> None:
     """Leave word for the script around the job. Every rank does: a launcher may kill the others when one has ended."""
     file = os.environ.get(REQUEUE_FILE)
-    if not file or isinstance(error, TooManySkipsError):
+    if not file or not _is_on_purpose(error):
         return
     try:
         if not Path(file).exists():

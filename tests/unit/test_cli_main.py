@@ -131,6 +131,21 @@ def test_only_a_run_that_was_asked_to_stop_asks_to_be_started_again(verb, monkey
     assert [file.read_text() for file in tmp_path.iterdir()] == (["stopped by SIGTERM\n"] if asks else [])
 
 
+@pytest.mark.parametrize(
+    ("error", "restarts", "code"),
+    [
+        (StoppedEarlyError("its time is up"), "3", 0),
+        (StoppedEarlyError("its time is up"), "0", 4),
+        (TooManySkipsError("the loss is nan"), "3", 4),
+        (DataError("why"), "3", 3),
+    ],
+)
+def test_torchrun_is_given_no_failure_to_answer_with_a_restart(verb, monkeypatch, error, restarts, code):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    verb(raiser(error))
+    assert entry.main(["report"]) == code
+
+
 def test_a_note_that_cannot_be_left_is_said(verb, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv(entry.REQUEUE_FILE, str(tmp_path / "no" / "folder"))
     verb(raiser(StoppedEarlyError("stopped by SIGTERM")))
