@@ -19,6 +19,15 @@ PYTHON=${PYTHON:-python}
 RANKS_PER_NODE=${RANKS_PER_NODE:-8}  # GPUs of each machine
 LAYOUT=${LAYOUT-32gpu}              # TP x PP x DP: a file of conf/layout; empty: none, the overrides say it
 
+# With another program on that port torchrun would wait without a word. Another machine's torchrun is welcome there.
+taken() { timeout 5 bash -c ": 3<>/dev/tcp/$HEAD/$PORT" && ! "$PYTHON" -c "
+import signal, torch.distributed
+signal.alarm(20)
+torch.distributed.TCPStore('$HEAD', $PORT, is_master=False)"; }
+if { taken; } 2>/dev/null; then
+  echo "error: PORT=$PORT is in use on $HEAD, and not by torchrun: give all machines another PORT" >&2
+  exit 2
+fi
 export NEMO_KTO_CACHE=${NEMO_KTO_CACHE:-$RESULTS/cache}     # tokens, made once for all ranks
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-600}  # for a step and its checkpoint after SIGTERM
 # Without it, restarted ranks find the addresses of those before them in torchrun's store, and fail. c10d alone has it.

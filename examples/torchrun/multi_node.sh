@@ -17,6 +17,10 @@ PYTHON=${PYTHON:-python}
 RANKS_PER_NODE=${RANKS_PER_NODE:-8}  # GPUs of each machine
 LAYOUT=${LAYOUT-32gpu}              # TP x PP x DP: a file of conf/layout; empty: none, the overrides say it
 
+if ((NODE_RANK == 0)) && (exec 3<>"/dev/tcp/$HEAD/$PORT") 2>/dev/null; then
+  echo "error: PORT=$PORT is in use on $HEAD: give all machines another PORT" >&2
+  exit 2
+fi
 export NEMO_KTO_CACHE=${NEMO_KTO_CACHE:-$RESULTS/cache}     # tokens, made once for all ranks
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-600}  # for a step and its checkpoint after SIGTERM
 exec "$PYTHON" -m torch.distributed.run --nnodes="$NODES" --node-rank="$NODE_RANK" \

@@ -25,6 +25,7 @@ class SlurmRun:
         name: of the run's directory.
         words: overrides.
         ranks_per_node: processes on each of the two nodes.
+        exports_all: whether the job gets the whole environment, or only the variables of this run, by name.
         variables: for the script.
     """
 
@@ -36,6 +37,7 @@ class SlurmRun:
         name: str,
         *words: str,
         ranks_per_node: int,
+        exports_all: bool = True,
         **variables: str,
     ) -> None:
         self.cluster, self.results = cluster, material.root / name
@@ -43,8 +45,9 @@ class SlurmRun:
         self.folder.mkdir()
         sizes = [PER_NODE[script].format(ranks=ranks_per_node), f"--gpus-per-node={ranks_per_node}"]
         env = {**material.variables(self.results), "RANKS_PER_NODE": str(ranks_per_node), **variables}
+        exports = "ALL" if exports_all else ",".join(env)
         self.number = cluster.submit(
-            *("sbatch", "--parsable", "--nodes=2", *sizes, "--time=60", "--partition=batch"),
+            *("sbatch", "--parsable", "--nodes=2", *sizes, "--time=60", "--partition=batch", f"--export={exports}"),
             *(str(SLURM / script), *material.words(*words)),
             env=env,
             cwd=self.folder,

@@ -5,6 +5,7 @@ The batch scripts are submitted as they are; partition, sizes and time limit are
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import tempfile
@@ -97,7 +98,9 @@ def _submit_urgent(cluster) -> int:
 @BOTH
 def test_preempted_it_makes_room_and_goes_on(script, cluster, material, undisturbed, row):
     entry = row(f"Slurm, {script}, preempted", 2)
-    run = SlurmRun(cluster, script, material, f"preempted-{script}", *LONG_WORDS, ranks_per_node=1)
+    all_of_it = script != "kto.sbatch"
+    name = f"preempted-{script}"
+    run = SlurmRun(cluster, script, material, name, *LONG_WORDS, ranks_per_node=1, exports_all=all_of_it)
     run.until_step(12)
     urgent = _submit_urgent(cluster)
     entry.restart_s = run.until_again()
@@ -183,14 +186,19 @@ def test_another_node_is_lost(cluster, material, undisturbed, row):
     _is_whole(run, undisturbed, entry)
 
 
-def test_what_cannot_succeed_fails_once(cluster, material, row):
-    entry = row("Slurm, kto.sbatch, wrong config", 2)
-    run = SlurmRun(cluster, "kto.sbatch", material, "wrong", "model.optim.lrr=1", ranks_per_node=1)
+@pytest.mark.parametrize("exports_all", [True, False], ids=["--export=ALL", "--export=NAMES"])
+def test_what_cannot_succeed_fails_once(exports_all, cluster, material, row):
+    entry = row(f"Slurm, kto.sbatch, wrong config{'' if exports_all else ', --export=NAMES'}", 2)
+    name = f"wrong-{exports_all}"
+    run = SlurmRun(
+        cluster, "kto.sbatch", material, name, "model.optim.lrr=1", ranks_per_node=1, exports_all=exports_all
+    )
     job = run.end()
     assert (job["JobState"], job["Restarts"], run.starts) == ("FAILED", "0", 1), run.story()
     assert "error: " in run.log
     assert "lrr" in run.log
     assert "requeueing" not in run.log
+    assert "does not answer" not in run.log
     entry.result = "failed once, as it must"
 
 
@@ -220,15 +228,36 @@ def test_starts_that_bring_nothing_are_counted(cluster, material, row):
     entry.result = "failed, as it must"
 
 
-def test_prepare_train_export_follow_each_other(cluster, material, row):
-    entry = row("Slurm, submit.sh: prepare, train, export", 2)
-    results, folder = material.root / "chain", material.root / "chain.submitted"
+def test_another_program_has_its_port(cluster, material, row, tmp_path):
+    entry = row("Slurm, kto.sbatch, its port taken", 2)
+    number = int(re.search(r"NEXT_JOB_ID\s*=\s*(\d+)", cluster.client("scontrol", "show", "config"))[1])
+    listen = f"import socket, time; s = socket.create_server(('', {20000 + number % 10000})); time.sleep(600)"
+    with (tmp_path / "log").open("wb") as log:
+        other = cluster.hosts["kton1"].start(sys.executable, "-c", listen, log=log)
+    try:
+        run = SlurmRun(cluster, "kto.sbatch", material, "port", *SHORT_WORDS, ranks_per_node=1)
+        assert run.number == number
+        run.finish(starts=1)
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+    entry.result = "finished"
+
+
+@pytest.mark.parametrize("scheme", ["none", "lora"])
+def test_prepare_train_export_follow_each_other(scheme, cluster, material, row):
+    """The sequence length is given as an override alone, as `nemo-kto plan` prints it."""
+    entry = row(f"Slurm, submit.sh: prepare, train{' LoRA' * (scheme == 'lora')}, export", 2)
+    results, folder = material.root / f"chain-{scheme}", material.root / f"chain-{scheme}.submitted"
     folder.mkdir()
+    variables = {key: value for key, value in material.variables(results).items() if key != "SEQ_LENGTH"}
+    peft = ("model.peft.peft_scheme=lora", "model.kto.reference_from_path=null") if scheme == "lora" else ()
     sizes = {"TRAIN_OPTIONS": "--nodes=2", "RANKS_PER_NODE": "1", "TENSOR_PARALLEL": "1"}
     shown = cluster.client(
         *(str(SLURM / "submit.sh"), "--partition=batch", "--time=60", "--gpus-per-node=1", "--"),
-        *material.words(*SHORT_WORDS),
-        env={**material.variables(results), **sizes},
+        *material.words(*SHORT_WORDS, *peft),
+        env={**variables, **sizes},
         cwd=folder,
     )
     prepare, train, export = (int(word) for word in shown.replace(",", "").split() if word.isdigit())
@@ -240,8 +269,12 @@ def test_prepare_train_export_follow_each_other(cluster, material, row):
     assert "tokenised:" not in "".join(path.read_text() for path in logs(f"kto-{train}.out"))  # prepare had done it
     checkpoint = Path((results / "latest_checkpoint.txt").read_text().strip())
     assert checkpoint.name == "step-000010"
-    assert {"config.json", "tokenizer.json"} <= {path.name for path in (results / "hf").iterdir()}
-    _check_weights(results / "hf", Path(material.variables(results)["MODEL"]))
+    written = {path.name for path in (results / "hf").iterdir()}
+    if scheme == "lora":
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= written
+    else:
+        assert {"config.json", "tokenizer.json"} <= written
+        _check_weights(results / "hf", Path(variables["MODEL"]))
     shutil.rmtree(results / "hf")
     entry.result = "finished"
 

@@ -1,9 +1,11 @@
-"""examples/torchrun/elastic.sh on two agents over loopback: what stops on purpose is not started again."""
+"""examples/torchrun over loopback: what stops on purpose is not started again, and a port in use is said."""
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +18,7 @@ from live_runs import LiveRun, send, training_lines
 pytestmark = [pytest.mark.integration, pytest.mark.distributed, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "examples" / "torchrun" / "elastic.sh"
+SCRIPTS = ROOT / "examples" / "torchrun"
 STOP_S = 120.0
 """For a step, a checkpoint, and agents that look for each other before they give up; a restart would take longer."""
 LONG = ("trainer.devices=null", "trainer.kto.max_steps=100000", "trainer.kto.max_epochs=100000")
@@ -40,7 +42,9 @@ def _job(root: Path, out: str, *words: str) -> Iterator[list[LiveRun]]:
     env = {**own, **files, "PYTHON": sys.executable, "SAVE_SECONDS": "60"}
     with ExitStack() as stack:
         yield [
-            stack.enter_context(LiveRun(root, out, *LONG, *words, command=(str(SCRIPT),), environment=env))
+            stack.enter_context(
+                LiveRun(root, out, *LONG, *words, command=(str(SCRIPTS / "elastic.sh"),), environment=env)
+            )
             for _ in range(2)
         ]
 
@@ -67,3 +71,16 @@ def test_a_signal(signalled, root):
         for number in signalled:
             send(agents[number].process.pid, signal.SIGTERM)
         _stopped_once(agents, "SIGTERM")
+
+
+@pytest.mark.parametrize("script", ["elastic.sh", "multi_node.sh"])
+def test_a_port_in_use_is_an_error(script):
+    """By something that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        given = {"HEAD": "127.0.0.1", "NODES": "2", "NODE_RANK": "0", "PORT": str(port), "PYTHON": sys.executable}
+        env = {**os.environ, **given, "MODEL": "model", "DATA": "train.jsonl", "RESULTS": "out"}
+        done = subprocess.run([SCRIPTS / script], env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: PORT={port} is in use on 127.0.0.1")
+    assert len(done.stderr.splitlines()) == 1
