@@ -154,6 +154,8 @@ def test_a_rank_that_does_not_come_is_reported_in_time(tmp_path):
     report = _report(_doctor(tmp_path, "--json", "--collective", "--timeout", "3", environment=alone))
     said = _problems(report, "collective")
     assert "rank 0 failed while joining: ConfigError: rank 1 of 2 did not join within 3 s" in said
+    assert "--timeout is how long" in said
+    assert "trainer." not in said, "the doctor has no such option"
 
 
 HANGS = """\

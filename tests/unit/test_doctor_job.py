@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from nemo_kto.config.world import World
-from nemo_kto.doctor import collective, launching
+from nemo_kto.doctor import collective, collective_rank, launching
 from nemo_kto.doctor.findings import Finding
 
 
@@ -92,6 +92,16 @@ def test_where_it_failed_says_what_to_mend(stage, backend, fix):
     assert len(finding.problems) == 1
     assert finding.problems[0].what.startswith("rank 1 failed while ")
     assert fix in finding.problems[0].fix
+
+
+def test_the_doctors_ranks_name_its_own_option(monkeypatch):
+    found = []
+    monkeypatch.setattr("nemo_kto.quiet.quiet", lambda: None)
+    monkeypatch.setattr("nemo_kto.distributed.join.join", lambda _world, _backend, timeouts: found.append(timeouts))
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1 / 0)  # far enough
+    with pytest.raises(ZeroDivisionError):
+        collective_rank._Test(lambda **_: None, "gloo", 3.0, {}).run()
+    assert [(waits.join.total_seconds(), waits.join_option) for waits in found] == [(3.0, "--timeout")]
 
 
 def test_wrong_numbers_block():

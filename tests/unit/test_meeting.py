@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import socket
 import time
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
-from nemo_kto.distributed import meeting
+from nemo_kto.config.world import World
+from nemo_kto.distributed import join, meeting
 from nemo_kto.errors import ConfigError
 
 FOREIGN = "198.51.100.77"
@@ -138,3 +140,12 @@ def test_nothing_is_asked_where_the_launcher_listens_already(port, monkeypatch):
     store = _serve("127.0.0.1", port)
     store.set("key", "value")
     assert meeting._client("127.0.0.1", port).get("key") == b"value"
+
+
+@pytest.mark.parametrize("option", ["trainer.join_timeout_minutes", "--timeout"])
+def test_who_waits_is_told_what_sets_the_wait(option):
+    timeouts = join.Timeouts(timedelta(seconds=3), timedelta(seconds=3), option)
+    said = join._missing(dist.HashStore(), World(0, 2, 2, launched=True), timeouts)
+    assert said.startswith("ranks 0, 1 of 2 did not join within 3 s: ")
+    assert said.endswith(f"{option} is how long the others wait")
+    assert join.DEFAULT_TIMEOUTS.join_option == "trainer.join_timeout_minutes"
