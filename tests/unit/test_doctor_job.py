@@ -47,6 +47,43 @@ def test_restarts_that_would_fail(monkeypatch):
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in _said(launching.probe())
 
 
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        ("NONE", "SLURM_EXPORT_ENV=NONE: srun passes on no variables but Slurm's own"),
+        ("PATH,HOME", "SLURM_EXPORT_ENV=PATH,HOME: srun passes on only these variables, and Slurm's own"),
+        ("HF_TOKEN=secret,B", "SLURM_EXPORT_ENV=HF_TOKEN=...,B: srun passes on only these variables, and Slurm's own"),
+        ("ALL", ""),
+        ("all", ""),
+        ("HF_HOME=x,ALL", ""),
+        ("", ""),
+    ],
+)
+def test_variables_that_srun_does_not_pass_on(monkeypatch, value, what):
+    monkeypatch.setenv("SLURM_EXPORT_ENV", value)
+    finding = launching.probe()
+    assert any(line.startswith("SLURM_EXPORT_ENV=") for line in finding.lines)
+    assert [problem.what for problem in finding.problems if "EXPORT" in problem.what] == ([what] if what else [])
+    assert not any(problem.blocks for problem in finding.problems)
+    if what:
+        assert "export SLURM_EXPORT_ENV=ALL in the batch script, before srun" in _said(finding)
+
+
+def test_variables_that_srun_does_not_pass_on_are_told_of_a_contradictory_launcher_too(monkeypatch):
+    monkeypatch.setenv("SLURM_EXPORT_ENV", "NONE")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("RANK", raising=False)
+    assert "SLURM_EXPORT_ENV=NONE: " in _said(launching.probe())
+
+
+@pytest.mark.parametrize("value", ["A=secret,ALL", "ALL,A='x,secret'", 'ALL,A="secret,secret"', "ALL,A='x,secret"])
+def test_values_that_a_job_is_submitted_with_are_not_shown(monkeypatch, value):
+    monkeypatch.setenv("SLURM_EXPORT_ENV", value)
+    finding = launching.probe()
+    assert finding.facts["environment"]["SLURM_EXPORT_ENV"] in ("A=...,ALL", "ALL,A=...")
+    assert "secret" not in json.dumps(finding.facts) + "".join(finding.lines) + _said(finding)
+
+
 # --- collectives
 
 
