@@ -9,6 +9,7 @@ import pytest
 
 from nemo_kto.config.world import World
 from nemo_kto.doctor import collective, collective_rank, launching
+from nemo_kto.doctor.children import Child
 from nemo_kto.doctor.findings import Finding
 
 
@@ -82,6 +83,45 @@ def test_values_that_a_job_is_submitted_with_are_not_shown(monkeypatch, value):
     finding = launching.probe()
     assert finding.facts["environment"]["SLURM_EXPORT_ENV"] in ("A=...,ALL", "ALL,A=...")
     assert "secret" not in json.dumps(finding.facts) + "".join(finding.lines) + _said(finding)
+
+
+# --- what other processes are told
+
+
+@pytest.mark.parametrize("as_rank", [False, True])
+def test_only_a_rank_of_the_job_knows_of_its_launcher(tmp_path, monkeypatch, as_rank):
+    """Packages that read its variables when they are imported would be blamed for what is wrong with them."""
+    (tmp_path / "tells.py").write_text("import json, os\nprint(json.dumps(dict(os.environ)))\n")
+    launcher = (
+        *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+        *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "SLURM_PROCID", "SLURM_NTASKS"),
+    )
+    kept = {"CUDA_VISIBLE_DEVICES": "0", "NCCL_DEBUG": "WARN", "PYTHONPATH": str(tmp_path)}
+    for name, value in {**dict.fromkeys(launcher, "abc"), **kept}.items():
+        monkeypatch.setenv(name, value)
+    with Child("tells", environment={"RANK": "7"}, as_rank=as_rank) as child:
+        told = child.answer(30.0)
+    assert told is not None
+    assert kept.items() <= told.items()
+    assert told["RANK"] == "7", "what is set for it wins"
+    assert [name for name in launcher if told.get(name) == "abc"] == (list(launcher[1:]) if as_rank else [])
+
+
+def test_the_ranks_of_a_job_know_of_its_launcher(monkeypatch):
+    seen = []
+
+    class Stops(Exception):  # noqa: N818
+        pass
+
+    def start(*_: object, **options: object) -> None:
+        seen.append(options.get("as_rank", False))
+        raise Stops
+
+    monkeypatch.setattr(collective, "Child", start)
+    for size in (2, 1):  # alone, there are two processes that no launcher has started
+        with pytest.raises(Stops):
+            collective.probe(World(0, size, size, launched=size > 1), 0, 1.0, {})
+    assert seen == [True, False]
 
 
 # --- collectives
