@@ -48,10 +48,12 @@ class Timeouts:
     Attributes:
         join: until all ranks of the job are there.
         collective: in any exchange. Long, since one rank may write a large checkpoint while the others wait.
+        join_option: what the user sets ``join`` with, for messages.
     """
 
     join: timedelta = timedelta(minutes=10)
     collective: timedelta = timedelta(minutes=30)
+    join_option: str = "trainer.join_timeout_minutes"
 
 
 DEFAULT_TIMEOUTS = Timeouts()
@@ -92,14 +94,14 @@ def join(world: World, backend: str, timeouts: Timeouts) -> None:
         # each joining has its own keys: a process may leave and join again
         base = meeting_store(world, deadline, timeouts.join)
         store = PrefixStore(f"nemo_kto/{_joined}", base)
-        _meet(store, PrefixStore(_EARLY, base), world, seat, deadline, timeouts.join)
+        _meet(store, PrefixStore(_EARLY, base), world, seat, deadline, timeouts)
     _joined += 1
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeouts.collective)
     if world.size > 1:
         peers.watch(PrefixStore("nemo_kto/failures", another_client()), world.rank)
 
 
-def _meet(store: Store, early: Store, world: World, seat: Seat, deadline: float, patience: timedelta) -> None:
+def _meet(store: Store, early: Store, world: World, seat: Seat, deadline: float, timeouts: Timeouts) -> None:
     """Wait for all ranks. The first that sees all of them, or whose patience ends, decides for everybody."""
     try:
         store.set(f"rank {world.rank}", f"{seat.host}\n{seat.interface}")
@@ -115,7 +117,7 @@ def _meet(store: Store, early: Store, world: World, seat: Seat, deadline: float,
                 _let_others_read(store, world)
                 raise peers.failed_elsewhere(early.get("failed").decode())
             elif time.monotonic() > deadline:
-                verdict = _decide(store, _missing(store, world, patience))
+                verdict = _decide(store, _missing(store, world, timeouts))
             else:
                 pause()
         if verdict != _ALL_HERE:
@@ -166,13 +168,14 @@ def _decide(store: Store, verdict: str) -> str:
     return bytes(store.compare_set("verdict", "", verdict)).decode()
 
 
-def _missing(store: Store, world: World, patience: timedelta) -> str:
+def _missing(store: Store, world: World, timeouts: Timeouts) -> str:
     absent = [rank for rank in range(world.size) if not store.check([f"rank {rank}"])]
     names = ", ".join(map(str, absent[:_SHOWN])) + (f" and {len(absent) - _SHOWN} more" if absent[_SHOWN:] else "")
     return (
-        f"{'rank' if len(absent) == 1 else 'ranks'} {names} of {world.size} did not join within {said(patience)}: "
-        "their own logs say why; or start as many processes as the launcher's WORLD_SIZE or SLURM_NTASKS says. "
-        "trainer.join_timeout_minutes is how long the others wait"
+        f"{'rank' if len(absent) == 1 else 'ranks'} {names} of {world.size} did not join within "
+        f"{said(timeouts.join)}: their own logs say why; or start as many processes as the launcher's WORLD_SIZE or "
+        "SLURM_NTASKS says. "
+        f"{timeouts.join_option} is how long the others wait"
     )
 
 

@@ -14,9 +14,16 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import IO, Any
 
+from nemo_kto.config.world import LISTEN_FD
 from nemo_kto.parents import STARTED_BY
 
 _TAIL = 40  # lines of standard error that are kept
+_LAUNCHER = {
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+    *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", LISTEN_FD),
+}
+_LAUNCHERS = ("TORCHELASTIC_", "SLURM_")
+"""How the names of a launcher's other variables begin."""
 
 
 class Child:
@@ -27,12 +34,20 @@ class Child:
         words: its arguments.
         environment: variables to set for it.
         pass_fds: file descriptors that it inherits.
+        as_rank: whether it is this process's rank of the job, and is to know what the launcher says. Others are not:
+            packages read that when they are imported, and what is wrong with it would be taken for a fault of theirs.
     """
 
     def __init__(
-        self, module: str, *words: str, environment: dict[str, str] | None = None, pass_fds: tuple[int, ...] = ()
+        self,
+        module: str,
+        *words: str,
+        environment: dict[str, str] | None = None,
+        pass_fds: tuple[int, ...] = (),
+        as_rank: bool = False,
     ) -> None:
-        env = {**os.environ, STARTED_BY: str(os.getpid()), **(environment or {})}
+        env = dict(os.environ) if as_rank else _without_launcher()
+        env |= {STARTED_BY: str(os.getpid()), **(environment or {})}
         env.pop("TORCHELASTIC_ERROR_FILE", None)
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, *words],
@@ -112,6 +127,13 @@ class Child:
         for line in stream:
             self._errors.append(line.rstrip())
             del self._errors[:-_TAIL]
+
+
+def _without_launcher() -> dict[str, str]:
+    """This process's environment, as if nothing but a user had started it."""
+    return {
+        name: value for name, value in os.environ.items() if name not in _LAUNCHER and not name.startswith(_LAUNCHERS)
+    }
 
 
 class voice:  # noqa: N801, used like a function

@@ -33,7 +33,7 @@ def probe(world: World, gpus: int, patience_s: float, about: dict[str, Any]) -> 
     finding = Finding("collective", "collective self-test")
     if world.size > 1:
         backend = "nccl" if gpus else "gloo"
-        with Child(_RANK, backend, str(patience_s), json.dumps(about)) as child:
+        with Child(_RANK, backend, str(patience_s), json.dumps(about), as_rank=True) as child:
             outcomes = {world.rank: _follow(child, patience_s)}
         _judge(finding, outcomes, backend, world.size, world)
         return finding

@@ -69,7 +69,7 @@ class _Test:
             torch.cuda.set_device(device)
         self._device = device
         self._enter("joining")
-        join(self._world, self._backend, Timeouts(self._patience, self._patience))
+        join(self._world, self._backend, Timeouts(self._patience, self._patience, "--timeout"))
         self._say(joined=True, rank=dist.get_rank(), size=dist.get_world_size())
         self._enter("forming a gloo group")
         gloo = dist.new_group(backend="gloo", timeout=self._patience)

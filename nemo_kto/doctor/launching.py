@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 
 from nemo_kto.config import network
@@ -11,13 +12,14 @@ from nemo_kto.doctor.findings import Finding
 from nemo_kto.errors import ConfigError
 
 _PREFIXES = ("NCCL_", "GLOO_", "TORCHELASTIC_", "TORCH_NCCL_", "UCX_", "OMP_")
+_EXPORT = "SLURM_EXPORT_ENV"
 _NAMES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS", "NVIDIA_VISIBLE_DEVICES"),
     *("SLURM_JOB_ID", "SLURM_JOB_NUM_NODES", "SLURM_NNODES", "SLURM_NODELIST", "SLURM_NODEID", "SLURM_NTASKS"),
     *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES"),
     *("SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_DISTRIBUTION"),
-    *("SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE", "SLURM_RESTART_COUNT", "SLURM_CPUS_PER_TASK"),
+    *("SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE", "SLURM_RESTART_COUNT", "SLURM_CPUS_PER_TASK", _EXPORT),
     *("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "PYTORCH_CUDA_ALLOC_CONF", "PYTHONPATH"),
 )
 """Names in full: the environment may hold credentials, of Slurm's too, and a report is passed on."""
@@ -31,6 +33,7 @@ def probe() -> Finding:
         for name, value in sorted(os.environ.items())
         if name in _NAMES or (name.startswith(_PREFIXES) and "TOKEN" not in name and "KEY" not in name)
     }
+    _judge_export(finding, environment)
     finding.facts["environment"] = environment
     try:
         world = world_from_environment()
@@ -103,6 +106,30 @@ def _judge(finding: Finding, world: World) -> None:
             "a restarted rank would read the addresses of the attempt before, and every restart would fail",
             "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node, with --rdzv-backend=c10d",
         )
+
+
+def _judge_export(finding: Finding, environment: dict[str, str]) -> None:
+    """Slurm sets the variable in a job that was submitted with --export, and every srun in that job obeys it."""
+    words = _exported(environment.get(_EXPORT, ""))
+    if not words:
+        return
+    shown = environment[_EXPORT] = ",".join(words)
+    if "ALL" in (word.upper() for word in words):
+        return
+    none = shown.upper() in ("NONE", "NIL")
+    passed = "no variables but Slurm's own" if none else "only these variables, and Slurm's own"
+    finding.wrong(
+        f"{_EXPORT}={shown}: srun passes on {passed}",
+        "what else the batch script exports does not reach the ranks (PATH, PYTHONPATH, MASTER_ADDR, NCCL_...)",
+        f"export {_EXPORT}=ALL in the batch script, before srun",
+    )
+
+
+def _exported(value: str) -> list[str]:
+    """Names alone: a value that is given with a name may be a credential, and may hold commas where it is quoted."""
+    bare = re.sub(r"""'[^']*'?|"[^"]*"?""", "...", value)
+    words = [word.strip().partition("=") for word in bare.split(",")]
+    return [f"{name}=..." if given else name for name, given, _ in words if name]
 
 
 def _judge_interfaces(finding: Finding, here: list[network.Interface], gloo: str | None, nccl: str | None) -> None:

@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from nemo_kto.doctor.cgroups import memory_limit
 from nemo_kto.doctor.children import Child
 from nemo_kto.doctor.findings import Finding
 
 _DEVICES_S = 240.0
 _GIB = 2**30
 _NVIDIA = Path("/dev/nvidia0")
-_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def count_gpus() -> int:
@@ -83,7 +83,7 @@ def _processors(finding: Finding, torch: dict[str, Any]) -> None:
 
     cores = len(os.sched_getaffinity(0))
     memory = psutil.virtual_memory()
-    limit = _cgroup_limit()
+    limit = memory_limit()
     usable = min(memory.available, limit or memory.available)
     finding.facts |= {
         "cores": cores,
@@ -94,8 +94,8 @@ def _processors(finding: Finding, torch: dict[str, Any]) -> None:
     }
     capability = torch.get("cpu_capability")
     finding.lines.append(f"{cores} cores this process may use{f' ({capability})' if capability else ''}")
-    container = "" if limit is None else f", of which this container may use {limit / _GIB:.1f}"
-    finding.lines.append(f"memory: {memory.total / _GIB:.1f} GiB, {memory.available / _GIB:.1f} available{container}")
+    allowed = "" if limit is None else f", of which this job or container may use {limit / _GIB:.1f}"
+    finding.lines.append(f"memory: {memory.total / _GIB:.1f} GiB, {memory.available / _GIB:.1f} available{allowed}")
     if usable < 2 * _GIB:
         finding.wrong(
             f"{usable / _GIB:.1f} GiB of memory are left",
@@ -141,14 +141,3 @@ def _no_gpu(finding: Finding, torch: dict[str, Any], why: str) -> None:
             "trainings would run on the CPU",
             "start the container with --gpus all, ask Slurm for --gpus-per-node, or ignore it where there is no GPU",
         )
-
-
-def _cgroup_limit() -> int | None:
-    for path in _CGROUP_LIMITS:
-        try:
-            text = path.read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit() and int(text) < 2**60:  # "max", and the old interface's huge number, are no limit
-            return int(text)
-    return None

@@ -105,6 +105,15 @@ def test_a_machine_with_everything_broken_is_a_report(tmp_path):
     assert {"packages", "launcher", "limits", "output"} <= blocking
 
 
+def test_a_broken_launcher_is_no_fault_of_a_package(tmp_path):
+    """NeMo reads WORLD_SIZE when it is imported: nobody is to reinstall it for that."""
+    launcher = {"WORLD_SIZE": "abc", "RANK": "0", "LOCAL_RANK": "x", "SLURM_NTASKS": "y", "SLURM_JOB_ID": "z"}
+    report = _report(_doctor(tmp_path, "--json", environment=launcher))
+    assert [problem["probe"] for problem in report["problems"] if problem["blocks"]] == ["launcher"]
+    assert "WORLD_SIZE='abc' in the environment is no number" in _problems(report, "launcher")
+    assert report["probes"]["packages"]["NeMo"]["imports"]
+
+
 @pytest.mark.slow
 def test_a_broken_torch_is_a_report(tmp_path):
     (tmp_path / "torch").mkdir()
@@ -146,6 +155,15 @@ def test_all_ranks_of_a_job(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_launcher_of_one_process_is_none_for_the_two_of_the_exchange(tmp_path):
+    """torchrun says that it serves the store, but knows nothing of these two."""
+    command = (*TORCHRUN[:-1], "1", "-m", "nemo_kto.cli.main", "doctor")
+    report = _report(_doctor(tmp_path, "--json", "--collective", command=command))
+    exchange = report["probes"]["collective"]
+    assert (exchange["ranks"], exchange["ok"], exchange["errors"]) == (2, True, {})
+
+
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_is_reported_in_time(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -154,6 +172,8 @@ def test_a_rank_that_does_not_come_is_reported_in_time(tmp_path):
     report = _report(_doctor(tmp_path, "--json", "--collective", "--timeout", "3", environment=alone))
     said = _problems(report, "collective")
     assert "rank 0 failed while joining: ConfigError: rank 1 of 2 did not join within 3 s" in said
+    assert "--timeout is how long" in said
+    assert "trainer." not in said, "the doctor has no such option"
 
 
 HANGS = """\

@@ -47,6 +47,18 @@ def test_a_missing_rank_is_named(root):
     assert "Traceback" not in run.log
 
 
+def test_an_address_of_another_machine_is_named(root):
+    """MASTER_ADDR of the node of some other rank: rank 0 is to listen itself."""
+    other = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "198.51.100.77", "MASTER_PORT": "29578"}
+    words = ("trainer.devices=null", "trainer.join_timeout_minutes=0.02")
+    with LiveRun(root, "elsewhere", *words, environment=other) as run:
+        assert run.end(120) == CONFIG, run.log
+    assert len(run.errors) == 1, run.log
+    assert run.errors[0].startswith("error: MASTER_ADDR=198.51.100.77 does not lead to this machine, ")
+    for noise in ("frame #", "[c10d]", "Traceback"):
+        assert noise not in run.log, run.log
+
+
 @pytest.mark.parametrize("launcher", ["own", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_a_fault_of_one_rank_ends_the_others(launcher, root):
     """Rank 1's data is bad. Rank 0 has joined, and waits for it."""

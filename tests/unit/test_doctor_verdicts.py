@@ -100,17 +100,6 @@ def test_a_gpu_that_torch_cannot_see(tmp_path, monkeypatch):
     assert "this torch is built without CUDA" in said
 
 
-def test_a_containers_memory_limit(tmp_path, monkeypatch):
-    (tmp_path / "max").write_text("max\n")
-    (tmp_path / "old").write_text(f"{2**63 - 4096}\n")
-    (tmp_path / "set").write_text(f"{GIB}\n")
-    for names, limit in ((["none", "max", "old"], None), (["none", "set"], GIB)):
-        monkeypatch.setattr(machine, "_CGROUP_LIMITS", [tmp_path / name for name in names])
-        assert machine._cgroup_limit() == limit
-    said = _said(machine.devices(CUDA, {"devices": [], "why_none": ""}))
-    assert "GiB of memory are left" in said
-
-
 def test_a_broken_megatron_blocks():
     finding = machine.acceleration({"error": "ImportError: no"}, {"error": "ImportError: no"})
     assert [problem.blocks for problem in finding.problems] == [True, True]
