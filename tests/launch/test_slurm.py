@@ -252,7 +252,8 @@ def test_prepare_train_export_follow_each_other(scheme, cluster, material, row):
     results, folder = material.root / f"chain-{scheme}", material.root / f"chain-{scheme}.submitted"
     folder.mkdir()
     variables = {key: value for key, value in material.variables(results).items() if key != "SEQ_LENGTH"}
-    peft = ("model.peft.peft_scheme=lora", "model.kto.reference_from_path=null") if scheme == "lora" else ()
+    base = "model.kto.reference_from_path=${pretrained_checkpoint.restore_from_path}"
+    peft = ("model.peft.peft_scheme=lora", base) if scheme == "lora" else ()
     sizes = {"TRAIN_OPTIONS": "--nodes=2", "RANKS_PER_NODE": "1", "TENSOR_PARALLEL": "1"}
     shown = cluster.client(
         *(str(SLURM / "submit.sh"), "--partition=batch", "--time=60", "--gpus-per-node=1", "--"),
