@@ -19,6 +19,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -123,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = module.run(options)
         sys.stdout.flush()
+        if code == 0:
+            _take_request_back()
     except KTOError as error:
         return _end(error, verb)
     except BrokenPipeError:
@@ -185,6 +188,13 @@ def _ask_for_requeue(error: StoppedEarlyError) -> None:
             Path(file).write_text(f"{error}\n", encoding="utf-8")
     except OSError as problem:
         print(f"error: {REQUEUE_FILE}={file} cannot be written ({problem.strerror})", file=sys.stderr)
+
+
+def _take_request_back() -> None:
+    """A run that is done needs no other start, whatever it was asked before torchrun started its ranks again."""
+    if file := os.environ.get(REQUEUE_FILE):
+        with suppress(OSError):
+            Path(file).unlink()
 
 
 follow_parent()  # on import: multiprocessing imports this module in the processes that it starts

@@ -146,6 +146,22 @@ def test_torchrun_is_given_no_failure_to_answer_with_a_restart(verb, monkeypatch
     assert entry.main(["report"]) == code
 
 
+def test_a_run_that_is_done_takes_its_request_back(verb, monkeypatch, tmp_path):
+    """Made, say, by ranks that were about to stop when another failed, and torchrun started all of them again."""
+    note = tmp_path / "requeue"
+    monkeypatch.setenv(entry.REQUEUE_FILE, str(note))
+    verb(raiser(StoppedEarlyError("stopped by SIGTERM")))
+    assert entry.main(["report"]) == 4
+    assert note.exists()
+    verb(lambda _: 4)  # processes that this one has started have stopped
+    assert entry.main(["report"]) == 4
+    assert note.exists()
+    for _ in range(2):  # every rank does
+        verb(lambda _: 0)
+        assert entry.main(["report"]) == 0
+        assert not note.exists()
+
+
 def test_a_note_that_cannot_be_left_is_said(verb, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv(entry.REQUEUE_FILE, str(tmp_path / "no" / "folder"))
     verb(raiser(StoppedEarlyError("stopped by SIGTERM")))
