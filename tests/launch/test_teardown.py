@@ -18,9 +18,10 @@ pytestmark = [pytest.mark.launch, pytest.mark.usefixtures("machine")]
 
 MARK = "NEMO_KTO_TEARDOWN"
 CODE = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from slurm_cluster import Cluster
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a script has put into the background
 with Cluster(Path(sys.argv[1])) as cluster:
     cluster.submit("sbatch", "--parsable", "--nodes=2", "--output=/dev/null", "--wrap=srun sleep 300")
     cluster.until(lambda: cluster.state(1) == "RUNNING", 30, "the job does not start")
