@@ -245,7 +245,7 @@ def test_a_megatron_that_pip_cannot_see_is_not_installed_over(buildah, gpu):
     """It may be on the path with no metadata."""
     with buildah.container(gpu) as box:
         script = "rm -r /opt/venv/lib/python3.11/site-packages/megatron_core-*; cd /opt/nemo_kto; python3 docker/"
-        record = "held_packages.py record pyproject.toml /tmp/held && cat /tmp/held/requirements.txt"
+        record = "held_packages.py record pyproject.toml held && cat held/requirements.txt"
         lines = buildah.run(box, "sh", "-c", script + record).stdout.splitlines()
     assert "safetensors>=0.4.5" in lines
     assert not [line for line in lines if line.startswith("megatron")]
