@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = module.run(options)
         sys.stdout.flush()
-        if code == 0:
+        if code == 0 and verb in _TOGETHER:
             _take_request_back()
     except KTOError as error:
         return _end(error, verb)

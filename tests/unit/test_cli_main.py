@@ -156,9 +156,12 @@ def test_a_run_that_is_done_takes_its_request_back(verb, monkeypatch, tmp_path):
     verb(lambda _: 4)  # processes that this one has started have stopped
     assert entry.main(["report"]) == 4
     assert note.exists()
+    verb(lambda _: 0)
+    assert entry.main(["report"]) == 0
+    assert note.exists(), "it is the training's"
+    monkeypatch.setitem(sys.modules, "nemo_kto.cli.train", sys.modules["nemo_kto.cli.report"])
     for _ in range(2):  # every rank does
-        verb(lambda _: 0)
-        assert entry.main(["report"]) == 0
+        assert entry.main(["train"]) == 0
         assert not note.exists()
 
 
